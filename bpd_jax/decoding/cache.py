@@ -1,0 +1,87 @@
+"""The decoder's self-attention cache: made here, written here and nowhere else.
+
+`verify` only reads the cache and returns the keys and values of its own nodes.
+`commit` moves those of the accepted path to consecutive slots, outside every
+conditional: a write inside a branch would copy the whole cache.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from bpd_jax.decoding.types import Array, Cache, Step, Verified
+
+
+def empty_cache(
+    num_layers: int, batch: int, num_heads: int, length: int, head_dim: int, dtype
+) -> Cache:
+  """A cache with nothing in it.
+
+  Args:
+    num_layers: decoder layers.
+    batch: rows.
+    num_heads: attention heads.
+    length: slots; see `cache_length`.
+    head_dim: features a head.
+    dtype: of keys and values.
+
+  Returns:
+    A cache of zeros, all lengths 0.
+  """
+  shape = (batch, num_heads, length, head_dim)
+  return Cache(
+      keys=tuple(jnp.zeros(shape, dtype) for _ in range(num_layers)),
+      values=tuple(jnp.zeros(shape, dtype) for _ in range(num_layers)),
+      lengths=jnp.zeros([batch], jnp.int32),
+  )
+
+
+def cache_length(max_length: int, max_depth: int) -> int:
+  """Slots needed so that no write is clamped back over committed ones.
+
+  A call writes `max_depth + 1` slots from a row's length on, whatever it
+  accepted, and a row's length can be `max_length`.
+  """
+  return max_length + max_depth + 1
+
+
+def write_rows(buffer: Array, block: Array, starts: Array, axis: int) -> Array:
+  """Writes a block into every row of a buffer at the row's own offset.
+
+  Args:
+    buffer: [batch, …].
+    block: as buffer, shorter along `axis`.
+    starts: [batch] int32, offsets along `axis`.
+    axis: an axis of `buffer`, at least 1.
+
+  Returns:
+    The buffer with the blocks in it.
+  """
+
+  def write(row, row_block, start):
+    return jax.lax.dynamic_update_slice_in_dim(row, row_block, start, axis - 1)
+
+  return jax.vmap(write)(buffer, block, starts)
+
+
+def commit(cache: Cache, verified: Verified, step: Step) -> Cache:
+  """Appends the accepted path to every row's prefix.
+
+  Args:
+    cache: before the call.
+    verified: keys and values of the nodes, [batch, heads, nodes, head_dim].
+    step: path [batch, max_depth + 1] and how many of its entries count.
+
+  Returns:
+    The cache with `step.num_tokens` more slots in use in each row.
+  """
+  path = step.path[:, None, :, None]
+
+  def append(buffer: Array, nodes: Array) -> Array:
+    block = jnp.take_along_axis(nodes, path, axis=2).astype(buffer.dtype)
+    return write_rows(buffer, block, cache.lengths, axis=2)
+
+  return Cache(
+      keys=tuple(map(append, cache.keys, verified.keys)),
+      values=tuple(map(append, cache.values, verified.values)),
+      lengths=cache.lengths + step.num_tokens,
+  )

@@ -1,0 +1,206 @@
+"""The decode loop: draft, search, verify, accept, commit, until every row ends.
+
+One `lax.while_loop`, batched, every row at its own pace; nothing goes to the
+host until it ends. Greedy decoding is this loop with an empty draft. With the
+exact acceptance rule the tokens are greedy's whatever the drafter.
+
+Counting (block efficiency): tokens emitted, EOS included, divided by decoder
+calls made while the row was live, the first call included. Greedy is exactly 1.
+"""
+
+from typing import Any
+
+from flax import struct
+import jax
+import jax.numpy as jnp
+
+from bpd_jax.decoding import accept as acceptance
+from bpd_jax.decoding.cache import commit, write_rows
+from bpd_jax.decoding.types import (
+    AcceptanceRule,
+    Array,
+    Cache,
+    Drafter,
+    Search,
+    Step,
+    Verify,
+)
+
+
+@struct.dataclass
+class Trace:
+  """What every call did, for display and analysis.
+
+  Attributes:
+    drafts: [batch, calls, nodes] int32, the tokens of the verified nodes, root
+      first; -1 where a node was not valid or no call was made.
+    num_emitted: [batch, calls] int32, tokens emitted by each call, 0 after the
+      row's end.
+  """
+
+  drafts: Array
+  num_emitted: Array
+
+
+@struct.dataclass
+class DecodeState:
+  """The carry of the loop.
+
+  Attributes:
+    tokens: [batch, max_length + max_depth + 1] int32, emitted tokens, valid
+      below `num_tokens`.
+    num_tokens: [batch] int32.
+    num_calls: [batch] int32, decoder calls made while the row was live.
+    limits: [batch] int32, most tokens of each row; 0 for a row that only pads.
+    is_done: [batch] bool.
+    root: [batch] int32, the newest certain token, not yet in the cache.
+    cache: the committed prefix.
+    step: what the last call made certain.
+    drafter: the drafter's own state.
+    trace: see `Trace`.
+    call: [] int32, calls of the loop so far.
+    key: a jax.random key.
+  """
+
+  tokens: Array
+  num_tokens: Array
+  num_calls: Array
+  limits: Array
+  is_done: Array
+  root: Array
+  cache: Cache
+  step: Step
+  drafter: Any
+  trace: Trace
+  call: Array
+  key: Array
+
+
+def initial_state(
+    cache: Cache,
+    step: Step,
+    drafter_state: Any,
+    *,
+    limits: Array,
+    start_id: int,
+    max_length: int,
+    num_nodes: int,
+    key: Array,
+) -> DecodeState:
+  """The state before the first call: the root is the start token.
+
+  Args:
+    cache: empty, with room for `cache_length(max_length, max_depth)` slots.
+    step: a step with `num_tokens` 0 and the shapes that the loop produces; see
+      `empty_step`.
+    drafter_state: from `drafter.init`.
+    limits: [batch] int32, at most `max_length`.
+    start_id: the decoder's start token.
+    max_length: most tokens of any row (static).
+    num_nodes: nodes of the trees (static).
+    key: for drafters and rules that sample.
+  """
+  batch, block = step.tokens.shape
+  return DecodeState(
+      tokens=jnp.zeros([batch, max_length + block], jnp.int32),
+      num_tokens=jnp.zeros([batch], jnp.int32),
+      num_calls=jnp.zeros([batch], jnp.int32),
+      limits=limits,
+      is_done=limits <= 0,
+      root=jnp.full([batch], start_id, jnp.int32),
+      cache=cache,
+      step=step,
+      drafter=drafter_state,
+      trace=Trace(
+          drafts=jnp.full([batch, max_length, num_nodes], -1, jnp.int32),
+          num_emitted=jnp.zeros([batch, max_length], jnp.int32),
+      ),
+      call=jnp.zeros([], jnp.int32),
+      key=key,
+  )
+
+
+def empty_step(hidden: Array, max_depth: int, probes: Array | None = None) -> Step:
+  """The step before the first call: nothing became certain.
+
+  Args:
+    hidden: [batch, d] zeros of the model's dtype.
+    max_depth: largest depth of the trees (static).
+    probes: [batch, k, d] zeros, or None.
+  """
+  none = jnp.zeros([hidden.shape[0], max_depth + 1], jnp.int32)
+  return Step(
+      tokens=none, num_tokens=none[:, 0], path=none, hidden=hidden, probes=probes
+  )
+
+
+def cut_step(step: Step, budget: Array) -> Step:
+  """Cuts what a call made certain to the tokens that a row may still emit."""
+  return step.replace(num_tokens=jnp.minimum(step.num_tokens, budget))
+
+
+def decode(
+    verify: Verify,
+    drafter: Drafter,
+    drafter_params: Any,
+    state: DecodeState,
+    *,
+    search: Search,
+    rule: AcceptanceRule = acceptance.ExactMatch(),
+    eos_id: int,
+) -> DecodeState:
+  """Decodes every row to its EOS or limit.
+
+  Args:
+    verify: one decoder call over a tree.
+    drafter: proposes lattices.
+    drafter_params: its parameters, any pytree.
+    state: from `initial_state`; donate it to the jitted caller.
+    search: from a lattice and the root to a tree.
+    rule: which drafted tokens pass.
+    eos_id: the id that ends a row.
+
+  Returns:
+    The last state.
+  """
+
+  def call_once(state: DecodeState) -> DecodeState:
+    key = jax.random.fold_in(state.key, state.call)
+    lattice, drafter_state = drafter.propose(
+        drafter_params, state.drafter, state.step, key
+    )
+    tree = search(lattice, state.root)
+    verified = verify(state.cache, tree)
+    step = acceptance.accept(rule, tree, verified, eos_id=eos_id)
+    budget = jnp.where(state.is_done, 0, state.limits - state.num_tokens)
+    step = cut_step(step, budget)
+
+    slot = jnp.arange(step.tokens.shape[1])
+    ends = ((step.tokens == eos_id) & (slot < step.num_tokens[:, None])).any(-1)
+    num_tokens = state.num_tokens + step.num_tokens
+    newest = jnp.take_along_axis(
+        step.tokens, jnp.maximum(step.num_tokens - 1, 0)[:, None], axis=1
+    )[:, 0]
+    drafts = jnp.where(tree.is_valid & ~state.is_done[:, None], tree.tokens, -1)
+    trace = Trace(
+        drafts=jax.lax.dynamic_update_slice(
+            state.trace.drafts, drafts[:, None], (0, state.call, 0)
+        ),
+        num_emitted=jax.lax.dynamic_update_slice(
+            state.trace.num_emitted, step.num_tokens[:, None], (0, state.call)
+        ),
+    )
+    return state.replace(
+        tokens=write_rows(state.tokens, step.tokens, state.num_tokens, axis=1),
+        num_tokens=num_tokens,
+        num_calls=state.num_calls + ~state.is_done,
+        is_done=state.is_done | ends | (num_tokens >= state.limits),
+        root=jnp.where(state.is_done, state.root, newest),
+        cache=commit(state.cache, verified, step),
+        step=step,
+        drafter=drafter_state,
+        trace=trace,
+        call=state.call + 1,
+    )
+
+  return jax.lax.while_loop(lambda s: ~s.is_done.all(), call_once, state)

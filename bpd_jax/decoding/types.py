@@ -1,0 +1,150 @@
+"""The arrays that the parts of the decode loop hand to each other.
+
+A drafter proposes a `Lattice`; a search turns it into a `Tree`; `Verify` runs
+one decoder call over the tree; an acceptance rule turns the answer into a
+`Step`, what this call made certain. Everything is batched and every row moves
+at its own pace.
+
+Words. *Prefix*: the tokens that are certain. *Root*: the newest certain token,
+emitted but not yet fed to the decoder. It is node 0 of every tree.
+"""
+
+from typing import Any, Callable, Protocol
+
+from flax import struct
+import jax
+import numpy as np
+
+Array = jax.Array
+
+
+@struct.dataclass
+class Lattice:
+  """Candidates for the tokens that follow the root, before any search.
+
+  Attributes:
+    tokens: [batch, depth, k] int32, distinct within a step, best first.
+    scores: [batch, depth, k] float, log-probabilities.
+    num_steps: [batch] int32, how many steps of the row hold a draft, <= depth.
+  """
+
+  tokens: Array
+  scores: Array
+  num_steps: Array
+
+
+@struct.dataclass
+class Tree:
+  """Nodes that one decoder call verifies.
+
+  Node 0 is the root. `parents[i] < i`, so nodes are in topological order, and
+  the children of a node hold distinct tokens.
+
+  Attributes:
+    tokens: [batch, nodes] int32.
+    depth: [batch, nodes] or [nodes] int32, 0 for the root.
+    parents: [batch, nodes] or [nodes] int32, -1 for the root. A numpy array
+      where the shape of the tree is known when the loop is traced.
+    is_valid: [batch, nodes] bool; an invalid node is never accepted. The root
+      is always valid.
+    max_depth: largest depth that any node can have (static).
+  """
+
+  tokens: Array
+  depth: Array | np.ndarray
+  parents: Array | np.ndarray
+  is_valid: Array
+  max_depth: int = struct.field(pytree_node=False)
+
+
+@struct.dataclass
+class Cache:
+  """Keys and values of the committed prefix; only `commit` writes it.
+
+  Attributes:
+    keys: one array a decoder layer, [batch, heads, length, head_dim].
+    values: as keys.
+    lengths: [batch] int32; slots at and above a row's length hold no meaning.
+  """
+
+  keys: tuple[Array, ...]
+  values: tuple[Array, ...]
+  lengths: Array
+
+
+@struct.dataclass
+class Verified:
+  """What one decoder call over a tree says.
+
+  Attributes:
+    choice: [batch, nodes] int32, the base model's greedy token after each node.
+    hidden: [batch, nodes, d] normed last hidden states.
+    keys: one array a layer, [batch, heads, nodes, head_dim]: the nodes' own.
+    values: as keys.
+    probes: [batch, nodes, k, d] probe states, or None where the drafter has no
+      probe that enters below the last layer.
+    logits: [batch, nodes, vocab], or None where no acceptance rule reads them.
+  """
+
+  choice: Array
+  hidden: Array
+  keys: tuple[Array, ...]
+  values: tuple[Array, ...]
+  probes: Array | None = None
+  logits: Array | None = None
+
+
+@struct.dataclass
+class Step:
+  """What one call made certain.
+
+  Attributes:
+    tokens: [batch, max_depth + 1] int32: the accepted tokens, then the base
+      model's choice after the last of them. Valid below `num_tokens`.
+    num_tokens: [batch] int32; 0 before the first call and in finished rows.
+    path: [batch, max_depth + 1] int32: nodes whose keys and values become part
+      of the prefix, root first. Valid below `num_tokens`.
+    hidden: [batch, d] hidden state of the last accepted node.
+    probes: [batch, k, d] probe states of that node, or None.
+  """
+
+  tokens: Array
+  num_tokens: Array
+  path: Array
+  hidden: Array
+  probes: Array | None = None
+
+
+Verify = Callable[[Cache, Tree], Verified]
+Search = Callable[[Lattice, Array], Tree]
+
+
+class Drafter(Protocol):
+  """Proposes candidates for the tokens after the root.
+
+  Attributes:
+    depth: most tokens it drafts a call (static). 0 is plain greedy decoding.
+  """
+
+  depth: int
+
+  def init(self, params: Any, inputs: Any) -> Any:
+    """Makes the state (any pytree, arrays batch first) from the inputs."""
+
+  def propose(
+      self, params: Any, state: Any, step: Step, key: Array
+  ) -> tuple[Lattice, Any]:
+    """Drafts after `step`, the tokens certain since the last proposal.
+
+    Before the first call `step.num_tokens` is 0 and `step.hidden` is zero.
+    """
+
+
+class AcceptanceRule(Protocol):
+  """Says which drafted tokens pass, given what the base model would choose."""
+
+  reads_logits: bool
+  """Whether `Verified.logits` must be filled."""
+
+  def passes(self, tree: Tree, verified: Verified) -> Array:
+    """[batch, nodes] bool: may node i follow its parent? Column 0 is unused."""

@@ -1,0 +1,264 @@
+"""Exactness of the loop against the table model (integers, no tolerance)."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bpd_jax.decoding import accept, loop, search
+from bpd_jax.decoding.cache import cache_length
+from bpd_jax.decoding.drafters.empty import EmptyDrafter
+from bpd_jax.decoding.drafters.reference import ReferenceDrafter
+from bpd_jax.decoding.types import Lattice, Tree
+from simulator import count_calls
+from table_model import TableModel
+
+MODEL = TableModel(vocab_size=7)
+START = 0
+MAX_LENGTH = 23
+ROWS = 512
+
+
+@dataclasses.dataclass(frozen=True)
+class NoisyDrafter:
+  """Drafts from `[rows, n, depth, k]`: what is proposed when n tokens are certain."""
+
+  depth: int
+
+  def init(self, params, inputs):
+    return inputs, jnp.zeros([inputs.shape[0]], jnp.int32)
+
+  def propose(self, params, state, step, key):
+    table, num_tokens = state
+    num_tokens = num_tokens + step.num_tokens
+    at = jnp.minimum(num_tokens, table.shape[1] - 1)
+    tokens = jnp.take_along_axis(table, at[:, None, None, None], axis=1)[:, 0]
+    num_steps = jnp.where(step.num_tokens > 0, self.depth, 0)
+    lattice = Lattice(tokens, jnp.zeros(tokens.shape), num_steps)
+    return lattice, (table, num_tokens)
+
+
+def run(drafter, inputs, seed, eos_position, limits, find_tree, num_nodes, max_depth, rule):
+  hidden = jnp.zeros([len(seed), 1])
+  state = loop.initial_state(
+      MODEL.empty_cache(len(seed), cache_length(MAX_LENGTH, max_depth)),
+      loop.empty_step(hidden, max_depth),
+      drafter.init((), inputs),
+      limits=limits,
+      start_id=START,
+      max_length=MAX_LENGTH,
+      num_nodes=num_nodes,
+      key=jax.random.key(0),
+  )
+  return loop.decode(
+      MODEL.verify(seed, eos_position), drafter, (), state,
+      search=find_tree, rule=rule, eos_id=MODEL.eos_id,
+  )
+
+
+@functools.partial(jax.jit, static_argnames=("drafter", "num_nodes", "rule"))
+def decode_chain(drafter, inputs, seed, eos_position, limits, num_nodes, rule=accept.ExactMatch()):
+  find_tree = functools.partial(search.chain, num_nodes=num_nodes)
+  return run(drafter, inputs, seed, eos_position, limits, find_tree, num_nodes, num_nodes - 1, rule)
+
+
+def make_rows(rng, rows=ROWS):
+  """Seeds, EOS at every place, limits at every place, dead rows among them."""
+  seed = rng.integers(0, 2**31, rows).astype(np.uint32)
+  eos_position = rng.integers(0, MAX_LENGTH + 6, rows).astype(np.int32)
+  limits = np.where(
+      rng.random(rows) < 0.5, MAX_LENGTH, rng.integers(0, MAX_LENGTH + 1, rows)
+  ).astype(np.int32)
+  greedy = MODEL.greedy(seed, eos_position, START, MAX_LENGTH + 12)
+  return seed, eos_position, limits, greedy
+
+
+def draft_table(rng, greedy, depth, hit_rate, k=1):
+  """[rows, MAX_LENGTH + 1, depth, k] proposals, each right with `hit_rate`."""
+  at = np.arange(MAX_LENGTH + 1)[:, None] + np.arange(depth)
+  right = greedy[:, np.minimum(at, greedy.shape[1] - 1)]
+  # Distinct wrong tokens: the right one plus 1 … vocab - 1.
+  order = 1 + np.argsort(rng.random(right.shape + (MODEL.vocab_size - 1,)), -1)
+  tokens = (right[..., None] + order[..., :k]) % MODEL.vocab_size
+  place = rng.integers(0, k, right.shape)
+  hit = rng.random(right.shape) < hit_rate
+  is_place = (np.arange(k) == place[..., None]) & hit[..., None]
+  return np.where(is_place, right[..., None], tokens).astype(np.int32)
+
+
+def check_rows(state, table, greedy, eos_position, limits, width):
+  """Tokens, calls and the trace of every row against the simulator."""
+  state = jax.device_get(state.replace(key=None))
+  for row in range(len(limits)):
+    tokens, emitted = count_calls(
+        greedy[row].tolist(),
+        lambda n: table[row, min(n, MAX_LENGTH), :, 0].tolist(),
+        width, int(limits[row]), MODEL.eos_id,
+    )
+    where = f"row {row}, eos at {eos_position[row]}, limit {limits[row]}"
+    assert state.num_tokens[row] == len(tokens), where
+    assert state.tokens[row, : len(tokens)].tolist() == tokens, where
+    assert state.num_calls[row] == len(emitted), where
+    trace = state.trace.num_emitted[row]
+    assert trace[: len(emitted)].tolist() == emitted and not trace[len(emitted) :].any(), where
+
+
+@pytest.mark.parametrize("block_size", range(1, 11))
+@pytest.mark.parametrize("heads", ["perfect", "useless", "random"])
+def test_tokens_and_calls_equal_greedy_and_the_simulator(block_size, heads):
+  # 30 × 2 × 512 = 30,720 rows. Every EOS place and limit meets every block size.
+  rng = np.random.default_rng([block_size, len(heads)])
+  hit_rate = {"perfect": 1.0, "useless": 0.0, "random": 0.6}[heads]
+  for _ in range(2):
+    seed, eos_position, limits, greedy = make_rows(rng)
+    table = draft_table(rng, greedy, max(block_size - 1, 1), hit_rate)[:, :, : block_size - 1]
+    drafter = NoisyDrafter(block_size - 1)
+    if block_size == 1:
+      drafter, table = EmptyDrafter(), np.zeros([ROWS, MAX_LENGTH + 1, 0, 1], np.int32)
+    state = decode_chain(drafter, table, seed, eos_position, limits, block_size)
+    check_rows(state, table, greedy, eos_position, limits, block_size)
+    num_tokens, num_calls = np.asarray(state.num_tokens), np.asarray(state.num_calls)
+    if heads == "perfect":
+      expected = np.where(num_tokens > 0, 1 + -(-(num_tokens - 1) // block_size), 0)
+      np.testing.assert_array_equal(num_calls, expected)
+    if heads == "useless":
+      np.testing.assert_array_equal(num_calls, num_tokens)
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 5, 8])
+def test_verify_width_below_the_block_size(width):
+  rng = np.random.default_rng(width)
+  seed, eos_position, limits, greedy = make_rows(rng)
+  table = draft_table(rng, greedy, 7, 0.8)
+  state = decode_chain(NoisyDrafter(7), table, seed, eos_position, limits, width)
+  check_rows(state, table, greedy, eos_position, limits, width)
+
+
+def test_perfect_reference_needs_one_call_and_a_ceiling():
+  rng = np.random.default_rng(5)
+  seed, eos_position, limits, greedy = make_rows(rng)
+  for block_size in (2, 5, 9):
+    state = decode_chain(
+        ReferenceDrafter(block_size - 1), greedy, seed, eos_position, limits, block_size
+    )
+    num_tokens = np.asarray(state.num_tokens)
+    expected = np.where(num_tokens > 0, 1 + -(-(num_tokens - 1) // block_size), 0)
+    np.testing.assert_array_equal(state.num_calls, expected)
+
+
+def random_tree(lattice, root, parents, candidate):
+  """Any tree over the lattice: node i takes a candidate of its depth."""
+  depth = jnp.zeros_like(parents)
+  for node in range(1, parents.shape[1]):
+    depth = depth.at[:, node].set(
+        jnp.take_along_axis(depth, parents[:, node : node + 1], 1)[:, 0] + 1
+    )
+  step = jnp.maximum(depth - 1, 0)
+  tokens = jnp.take_along_axis(lattice.tokens, step[..., None], axis=1)
+  tokens = jnp.take_along_axis(tokens, candidate[..., None], axis=2)[..., 0]
+  return Tree(
+      tokens=tokens.at[:, 0].set(root),
+      depth=depth,
+      parents=parents,
+      is_valid=depth <= lattice.num_steps[:, None],
+      max_depth=lattice.tokens.shape[1],
+  )
+
+
+@functools.partial(jax.jit, static_argnames=("drafter",))
+def decode_trees(drafter, table, seed, eos_position, limits, parents, candidate):
+  find_tree = lambda lattice, root: random_tree(lattice, root, parents, candidate)
+  return run(
+      drafter, table, seed, eos_position, limits, find_tree,
+      parents.shape[1], drafter.depth, accept.ExactMatch(),
+  )
+
+
+def grow_trees(rng, rows, num_nodes, depth, k):
+  """Random parents [rows, nodes] with distinct candidates among siblings."""
+  parents = np.full([rows, num_nodes], -1, np.int32)
+  candidate = np.zeros([rows, num_nodes], np.int32)
+  for row in range(rows):
+    used, level = {0: set()}, [0]
+    for node in range(1, num_nodes):
+      free = [p for p in range(node) if level[p] < depth and len(used[p]) < k]
+      parent = int(rng.choice(free))
+      choice = int(rng.choice([c for c in range(k) if c not in used[parent]]))
+      used[parent].add(choice)
+      used[node] = set()
+      level.append(level[parent] + 1)
+      parents[row, node], candidate[row, node] = parent, choice
+  return parents, candidate
+
+
+def walk_trees(greedy, table, parents, candidate, depth, limit):
+  """The simulator for a tree: the deepest branch that follows greedy."""
+  tokens, emitted = [], []
+  num_nodes = len(parents)
+  while len(tokens) < limit and MODEL.eos_id not in tokens:
+    n = len(tokens)
+    best, paths = [], {0: []}
+    for node in range(1, num_nodes):
+      above = paths.get(parents[node])
+      if above is None or n == 0 or MODEL.eos_id in above:
+        continue
+      token = int(table[min(n, MAX_LENGTH), len(above), candidate[node]])
+      if token == greedy[n + len(above)]:
+        paths[node] = above + [token]
+    best = max(paths.values(), key=len)
+    fresh = best + ([] if MODEL.eos_id in best else [int(greedy[n + len(best)])])
+    fresh = fresh[: limit - n]
+    tokens += fresh
+    emitted.append(len(fresh))
+  return tokens, emitted
+
+
+@pytest.mark.parametrize("num_nodes,depth,k", [(6, 3, 2), (12, 4, 3), (17, 5, 4)])
+def test_trees_equal_greedy(num_nodes, depth, k):
+  rng = np.random.default_rng(num_nodes)
+  seed, eos_position, limits, greedy = make_rows(rng)
+  table = draft_table(rng, greedy, depth, 0.85, k)
+  parents, candidate = grow_trees(rng, ROWS, num_nodes, depth, k)
+  state = decode_trees(NoisyDrafter(depth), table, seed, eos_position, limits, parents, candidate)
+  for row in range(ROWS):
+    tokens, emitted = walk_trees(
+        greedy[row], table[row], parents[row], candidate[row], depth, int(limits[row])
+    )
+    assert state.tokens[row, : state.num_tokens[row]].tolist() == tokens
+    assert state.trace.num_emitted[row, : state.num_calls[row]].tolist() == emitted
+
+
+def test_finished_and_padding_rows_stay_as_they_are():
+  rng = np.random.default_rng(3)
+  seed, eos_position, limits, greedy = make_rows(rng, 64)
+  eos_position[0], limits[0] = 0, MAX_LENGTH  # ends with the first call
+  limits[1] = 0  # a row that only pads
+  table = draft_table(rng, greedy, 4, 0.5)
+  state = decode_chain(NoisyDrafter(4), table, seed, eos_position, limits, 5)
+  assert state.call > 5
+  assert state.num_calls[0] == 1 and state.num_tokens[0] == 1 and state.root[0] == MODEL.eos_id
+  assert state.num_calls[1] == 0 and state.num_tokens[1] == 0 and state.root[1] == START
+  assert (state.trace.drafts[0, 1:] == -1).all() and (state.trace.drafts[1] == -1).all()
+  # A row alone and the same row in a batch of others are one and the same.
+  for row in range(0, 64, 7):
+    one = slice(row, row + 1)
+    alone = decode_chain(
+        NoisyDrafter(4), table[one], seed[one], eos_position[one], limits[one], 5
+    )
+    np.testing.assert_array_equal(alone.tokens[0, : alone.num_tokens[0]],
+                                  state.tokens[row, : state.num_tokens[row]])
+    assert alone.num_calls[0] == state.num_calls[row]
+
+
+@pytest.mark.parametrize(
+    "rule", [accept.ApproximateTopK(1), accept.ApproximateDistance(0), accept.ApproximateMinimumBlock(1)]
+)
+def test_approximate_rules_at_their_strictest_are_exact(rule):
+  rng = np.random.default_rng(11)
+  seed, eos_position, limits, greedy = make_rows(rng)
+  table = draft_table(rng, greedy, 5, 0.7)
+  state = decode_chain(NoisyDrafter(5), table, seed, eos_position, limits, 6, rule)
+  check_rows(state, table, greedy, eos_position, limits, 6)
