@@ -1,0 +1,436 @@
+"""Text in, text out: a loaded model with every decoding method.
+
+`Generator.generate` takes prompts of any lengths, packs them into batches of
+one of a few input lengths, and decodes each batch in one compiled loop. Every
+method gives greedy's tokens unless an approximate acceptance rule is asked for.
+"""
+
+import dataclasses
+import functools
+import time
+from typing import Any, Sequence
+
+from flax import struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bpd_jax.decoding import accept, loop, search
+from bpd_jax.decoding.cache import cache_length, empty_cache
+from bpd_jax.decoding.drafters.empty import EmptyDrafter
+from bpd_jax.decoding.drafters.heads import HeadsDrafter
+from bpd_jax.decoding.drafters.reference import ReferenceDrafter
+from bpd_jax.decoding.types import AcceptanceRule, Drafter
+from bpd_jax.decoding.verify import model_verify
+from bpd_jax.errors import InputError
+from bpd_jax.model.config import ModelConfig
+from bpd_jax.model.model import EncoderDecoder, decode_view
+from bpd_jax.partitioning import Partitioning, single_device
+
+METHODS = ("greedy", "blockwise", "reference")
+INPUT_BUCKETS = (32, 64, 128, 256, 512, 1024, 2048)
+
+
+@struct.dataclass
+class Context:
+  """What every decoder call reads of the prompts.
+
+  Attributes:
+    cross: keys and values a decoder layer, [batch, heads, input length, d_kv].
+    mask: [batch, input length] bool, which input tokens count.
+  """
+
+  cross: tuple[tuple[jax.Array, jax.Array], ...]
+  mask: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeSettings:
+  """What is fixed when a decode loop is compiled.
+
+  Attributes:
+    method: one of `METHODS`.
+    block_size: h, tokens a call can emit at most.
+    verify_width: nodes a call verifies, root included, at most h.
+    max_length: tokens the output buffers hold.
+    rule: which drafted tokens pass.
+  """
+
+  method: str
+  block_size: int
+  verify_width: int
+  max_length: int
+  rule: AcceptanceRule = accept.ExactMatch()
+
+  def __post_init__(self):
+    if self.method not in METHODS:
+      raise InputError("method", self.method, f"one of {METHODS}")
+    if self.block_size < 1:
+      raise InputError("block_size", self.block_size, "a positive integer")
+    if not 1 <= self.verify_width <= self.block_size:
+      raise InputError(
+          "verify_width", self.verify_width, f"1 … {self.block_size}, the block size"
+      )
+    if self.max_length < 1:
+      raise InputError("max_length", self.max_length, "a positive integer")
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+  """One decoder call of a row.
+
+  Attributes:
+    draft: drafted tokens that were verified, in the order of the nodes.
+    emitted: tokens that the call made certain.
+  """
+
+  draft: list[int]
+  emitted: list[int]
+
+  @property
+  def num_accepted(self) -> int:
+    """How many emitted tokens had been drafted."""
+    same = [a == b for a, b in zip(self.draft, self.emitted)]
+    return same.index(False) if False in same else len(same)
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+  """What a model made of a list of prompts.
+
+  Attributes:
+    tokens: ids of each output, EOS included where it came.
+    calls: decoder calls of each row.
+    traces: the calls themselves.
+    texts: decoded outputs, None without a vocabulary.
+    seconds: wall time of each batch, compilation included in a batch that
+      compiled.
+    is_warm: of each batch, whether nothing was compiled in it.
+  """
+
+  tokens: list[np.ndarray]
+  calls: list[int]
+  traces: list[list[Call]]
+  texts: list[str] | None
+  seconds: list[float]
+  is_warm: list[bool]
+
+  @property
+  def block_efficiency(self) -> float:
+    """Tokens emitted divided by decoder calls; exactly 1 for greedy."""
+    return sum(map(len, self.tokens)) / max(sum(self.calls), 1)
+
+
+def check_settings(config: ModelConfig, settings: DecodeSettings) -> None:
+  """Raises InputError where a model can't decode with these settings."""
+  if settings.method == "blockwise" and settings.block_size > config.block_size:
+    raise InputError(
+        "block_size", settings.block_size, f"1 … {config.block_size}, the model's heads"
+    )
+
+
+def make_drafter(model: EncoderDecoder, settings: DecodeSettings) -> Drafter:
+  """The drafter of a method; its parameters are the model's decode view."""
+  depth = settings.verify_width - 1
+  if settings.method == "greedy" or depth == 0:
+    return EmptyDrafter()
+  if settings.method == "reference":
+    return ReferenceDrafter(depth)
+
+  def read_logits(view, step, depth):
+    return model.apply({"params": view}, step.hidden, depth, method="head_logits")
+
+  return HeadsDrafter(depth, read_logits)
+
+
+def prefill(model: EncoderDecoder, view: Any, tokens: jax.Array, lengths: jax.Array) -> Context:
+  """Runs the encoder.
+
+  Args:
+    model: with `is_view`.
+    view: its parameters.
+    tokens: [batch, input length] int32.
+    lengths: [batch] int32.
+  """
+  mask = jnp.arange(tokens.shape[1]) < lengths[:, None]
+  encoded = model.apply({"params": view}, tokens, mask, method="encode")
+  cross = model.apply({"params": view}, encoded, method="cross_keys_values")
+  return Context(cross=cross, mask=mask)
+
+
+def start_state(
+    model: EncoderDecoder,
+    settings: DecodeSettings,
+    limits: jax.Array,
+    drafter_inputs: Any,
+    key: jax.Array,
+) -> loop.DecodeState:
+  """The loop's state before the first call; [batch] limits, 0 for dead rows."""
+  config, width = model.config, settings.verify_width
+  drafter = make_drafter(model, settings)
+  cache = empty_cache(
+      config.num_decoder_layers,
+      limits.shape[0],
+      config.num_heads,
+      cache_length(settings.max_length, width - 1),
+      config.d_kv,
+      config.dtype,
+  )
+  names = ("batch", "heads", "length", "kv")
+  place = lambda leaves: tuple(model.partitioning.constrain(leaf, names) for leaf in leaves)
+  cache = cache.replace(keys=place(cache.keys), values=place(cache.values))
+  hidden = jnp.zeros([limits.shape[0], config.d_model], config.dtype)
+  return loop.initial_state(
+      cache,
+      loop.empty_step(hidden, width - 1),
+      drafter.init(None, drafter_inputs),
+      limits=limits,
+      start_id=config.pad_id,
+      max_length=settings.max_length,
+      num_nodes=width,
+      key=key,
+  )
+
+
+def decode_batch(
+    model: EncoderDecoder,
+    settings: DecodeSettings,
+    view: Any,
+    context: Context,
+    state: loop.DecodeState,
+) -> loop.DecodeState:
+  """Decodes a batch to its end; jit it with `state` donated."""
+
+  def block_call(tokens, depth, visible, past, lengths):
+    return model.apply(
+        {"params": view}, tokens, depth, visible, past, lengths, context.cross, context.mask,
+        method="decode_block",
+    )
+
+  verify = model_verify(
+      block_call,
+      lambda hidden: model.apply({"params": view}, hidden, method="logits"),
+      keeps_logits=settings.rule.reads_logits,
+  )
+  return loop.decode(
+      verify,
+      make_drafter(model, settings),
+      view,
+      state,
+      search=functools.partial(search.chain, num_nodes=settings.verify_width),
+      rule=settings.rule,
+      eos_id=model.config.eos_id,
+  )
+
+
+class Generator:
+  """A model ready to decode.
+
+  Attributes:
+    config: the model's.
+    params: stored parameters, placed by `partitioning`.
+    partitioning: the mesh; batches are split over its batch axes.
+    vocabulary: object with `encode(text) -> ids` and `decode(ids) -> text`, or
+      None where only token ids come in.
+  """
+
+  def __init__(
+      self, config: ModelConfig, params: Any, partitioning: Partitioning | None = None,
+      vocabulary: Any = None,
+  ):
+    self.config = config
+    self.params = params
+    self.partitioning = partitioning or single_device()
+    self.vocabulary = vocabulary
+    self.model = EncoderDecoder(config, self.partitioning, is_view=True)
+    self._view = None
+    self._prefill = jax.jit(functools.partial(prefill, self.model))
+    self._start = jax.jit(functools.partial(start_state, self.model), static_argnums=0)
+    self._decode = jax.jit(
+        functools.partial(decode_batch, self.model), static_argnums=0, donate_argnums=3
+    )
+
+  @property
+  def view(self) -> Any:
+    """The parameters as decoding reads them, made once."""
+    if self._view is None:
+      self._view = jax.block_until_ready(
+          jax.jit(functools.partial(decode_view, self.config))(self.params)
+      )
+    return self._view
+
+  @property
+  def num_compilations(self) -> int:
+    """Compiled programs so far: encoders, starts and loops."""
+    return sum(f._cache_size() for f in (self._prefill, self._start, self._decode))
+
+  def generate(
+      self,
+      prompts: Sequence[str] | Sequence[Sequence[int]],
+      method: str = "blockwise",
+      *,
+      block_size: int | None = None,
+      verify_width: int | None = None,
+      max_length: int = 128,
+      batch_size: int = 8,
+      rule: AcceptanceRule = accept.ExactMatch(),
+      references: Sequence[Sequence[int]] | None = None,
+      limits: Sequence[int] | None = None,
+      buckets: Sequence[int] = INPUT_BUCKETS,
+      seed: int = 0,
+      has_progress: bool = False,
+  ) -> Generation:
+    """Decodes every prompt.
+
+    Args:
+      prompts: texts (EOS is appended), or lists of token ids taken as they are.
+      method: "greedy", "blockwise" (the model's parallel heads), or "reference"
+        (drafts are copied from `references`).
+      block_size: h, the most tokens a call emits; the model's by default.
+      verify_width: nodes a call verifies, at most h, which is the default.
+      max_length: most tokens of an output.
+      batch_size: rows decoded together; the last batch is filled with dead rows.
+      rule: which drafted tokens pass; the default is exact.
+      references: for "reference", the tokens to draft from, one list a prompt.
+      limits: most tokens of each output, at most `max_length`.
+      buckets: input lengths to pad to; the longest prompt must fit the last.
+      seed: of drafters and rules that sample.
+      has_progress: whether to show a progress bar over the batches.
+
+    Returns:
+      Tokens, calls and traces in the order of the prompts.
+
+    Raises:
+      InputError: naming the argument, before anything is compiled.
+    """
+    if block_size is None:
+      block_size = 1 if method == "greedy" else self.config.block_size
+    width = block_size if verify_width is None else verify_width
+    settings = DecodeSettings(method, block_size, width, max_length, rule)
+    check_settings(self.config, settings)
+    self.partitioning.check_batch(batch_size)
+    rows = self._encode_prompts(prompts, buckets)
+    limits = self._check_limits(limits, len(rows), max_length)
+    if (references is None) == (method == "reference"):
+      raise InputError(
+          "references", None if references is None else "given",
+          "one list of ids a prompt for method 'reference', None for the others",
+      )
+    if references is not None and len(references) != len(rows):
+      raise InputError("references", f"{len(references)} lists", f"{len(rows)}, one a prompt")
+    # Rows of like lengths share a batch; results go back to their places.
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    done: dict[int, tuple] = {}
+    seconds, is_warm = [], []
+    key = jax.random.key(seed)
+    for number, batch in enumerate(_progress(batches, method, has_progress)):
+      before, began = self.num_compilations, time.perf_counter()
+      state = self._decode_rows(
+          settings, batch, rows, limits, references, buckets, batch_size,
+          jax.random.fold_in(key, number),
+      )
+      seconds.append(time.perf_counter() - began)
+      is_warm.append(self.num_compilations == before)
+      for slot, row in enumerate(batch):
+        done[row] = _read_row(state, slot)
+    tokens, calls, traces = (list(column) for column in zip(*(done[i] for i in range(len(rows)))))
+    texts = None
+    if self.vocabulary is not None:
+      ends = (self.config.eos_id, self.config.pad_id)
+      texts = [
+          self.vocabulary.decode([int(t) for t in row if t not in ends]) for row in tokens
+      ]
+    return Generation(tokens, calls, traces, texts, seconds, is_warm)
+
+  def _encode_prompts(self, prompts, buckets) -> list[list[int]]:
+    """Token ids of each prompt, checked."""
+    if isinstance(prompts, str) or not len(prompts):
+      raise InputError("prompts", prompts, "a non-empty list of texts or of lists of ids")
+    rows = []
+    for i, prompt in enumerate(prompts):
+      if isinstance(prompt, str):
+        if self.vocabulary is None:
+          raise InputError(
+              f"prompts[{i}]", prompt[:40], "token ids, as the model has no vocabulary"
+          )
+        if not prompt.strip():
+          raise InputError(f"prompts[{i}]", prompt, "a text that isn't empty")
+        prompt = [*self.vocabulary.encode(prompt), self.config.eos_id]
+      row = [int(token) for token in prompt]
+      if not row:
+        raise InputError(f"prompts[{i}]", row, "at least one token")
+      if len(row) > max(buckets):
+        raise InputError(
+            f"prompts[{i}] length", len(row), f"1 … {max(buckets)}, the longest bucket"
+        )
+      wrong = [token for token in row if not 0 <= token < self.config.vocab_size]
+      if wrong:
+        raise InputError(
+            f"prompts[{i}] token", wrong[0], f"0 … {self.config.vocab_size - 1}"
+        )
+      rows.append(row)
+    return rows
+
+  def _check_limits(self, limits, num_rows: int, max_length: int) -> list[int]:
+    if limits is None:
+      return [max_length] * num_rows
+    if len(limits) != num_rows:
+      raise InputError("limits", f"{len(limits)} numbers", f"{num_rows}, one a prompt")
+    for i, limit in enumerate(limits):
+      if not 1 <= limit <= max_length:
+        raise InputError(f"limits[{i}]", limit, f"1 … {max_length}, max_length")
+    return list(limits)
+
+  def _decode_rows(
+      self, settings, batch, rows, limits, references, buckets, batch_size, key
+  ) -> loop.DecodeState:
+    """Decodes one batch and brings what is read of it to the host."""
+    longest = max(len(rows[i]) for i in batch)
+    input_length = min(bucket for bucket in buckets if bucket >= longest)
+    tokens = np.full([batch_size, input_length], self.config.pad_id, np.int32)
+    lengths = np.ones([batch_size], np.int32)
+    row_limits = np.zeros([batch_size], np.int32)
+    known = None
+    if references is not None:
+      known = np.full([batch_size, settings.max_length], self.config.pad_id, np.int32)
+    for slot, i in enumerate(batch):
+      tokens[slot, : len(rows[i])] = rows[i]
+      lengths[slot] = len(rows[i])
+      row_limits[slot] = limits[i]
+      if known is not None:
+        reference = list(references[i])[: settings.max_length]
+        known[slot, : len(reference)] = reference
+    place = lambda x, *names: jax.device_put(x, self.partitioning.sharding(names))
+    context = self._prefill(self.view, place(tokens, "batch", "length"), place(lengths, "batch"))
+    drafter_inputs = None if known is None else place(known, "batch", "length")
+    state = self._start(settings, place(row_limits, "batch"), drafter_inputs, key)
+    state = self._decode(settings, self.view, context, state)
+    return jax.device_get(
+        {
+            "tokens": state.tokens, "num_tokens": state.num_tokens,
+            "num_calls": state.num_calls, "trace": state.trace,
+        }
+    )
+
+
+def _read_row(state: dict[str, Any], slot: int) -> tuple[np.ndarray, int, list[Call]]:
+  """Tokens, calls and trace of one row of a decoded batch."""
+  tokens = state["tokens"][slot, : state["num_tokens"][slot]]
+  calls = int(state["num_calls"][slot])
+  trace, start = [], 0
+  for call in range(calls):
+    end = start + int(state["trace"].num_emitted[slot, call])
+    draft = state["trace"].drafts[slot, call, 1:]
+    trace.append(Call(draft[draft >= 0].tolist(), tokens[start:end].tolist()))
+    start = end
+  return tokens, calls, trace
+
+
+def _progress(batches, method: str, is_shown: bool):
+  """The batches, behind a progress bar where asked for."""
+  if not is_shown:
+    return batches
+  from rich.progress import track
+
+  return track(batches, description=f"decode {method}")

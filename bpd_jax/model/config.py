@@ -1,0 +1,121 @@
+"""Sizes and numerics of a T5-style encoder-decoder with parallel heads."""
+
+import dataclasses
+from typing import Any
+
+from bpd_jax.errors import InputError
+
+ACTIVATIONS = ("gelu", "relu", "silu")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """Everything that fixes the parameters' shapes and the arithmetic.
+
+  The defaults are T5 1.1's. T5 1.0 is `activation="relu"`, `is_gated=False`,
+  `is_tied=True`.
+
+  Attributes:
+    vocab_size: rows of the embedding table.
+    d_model: width of the residual stream.
+    d_ff: width inside the feed-forward layers.
+    d_kv: features of one attention head.
+    num_heads: attention heads.
+    num_encoder_layers: layers of the encoder.
+    num_decoder_layers: layers of the decoder.
+    block_size: h, tokens predicted at once; head 1 is the base model and the
+      h - 1 others are parameters. 1 is a plain T5.
+    head_d_ff: width inside each parallel head.
+    activation: of the feed-forward layers and the parallel heads.
+    is_gated: whether the feed-forward layers multiply by a second projection.
+    is_tied: whether the output projection is the embedding table, after a
+      scale of d_model ** -0.5.
+    relpos_buckets: buckets of the relative position bias.
+    relpos_max_distance: distance from which all share a bucket.
+    norm_epsilon: added to the mean square in RMS norm.
+    dropout_rate: during training only.
+    pad_id: fills rows, and starts the decoder.
+    eos_id: ends a row.
+    dtype: of activations and matrix products.
+    param_dtype: of stored parameters.
+    accum_dtype: of norm statistics, softmax, logits and log-probabilities.
+  """
+
+  vocab_size: int = 32128
+  d_model: int = 512
+  d_ff: int = 1024
+  d_kv: int = 64
+  num_heads: int = 6
+  num_encoder_layers: int = 8
+  num_decoder_layers: int = 8
+  block_size: int = 1
+  head_d_ff: int = 1024
+  activation: str = "gelu"
+  is_gated: bool = True
+  is_tied: bool = False
+  relpos_buckets: int = 32
+  relpos_max_distance: int = 128
+  norm_epsilon: float = 1e-6
+  dropout_rate: float = 0.0
+  pad_id: int = 0
+  eos_id: int = 1
+  dtype: str = "float32"
+  param_dtype: str = "float32"
+  accum_dtype: str = "float32"
+
+  def __post_init__(self):
+    for name in (
+        "vocab_size", "d_model", "d_ff", "d_kv", "num_heads", "num_encoder_layers",
+        "num_decoder_layers", "block_size", "head_d_ff",
+    ):
+      value = getattr(self, name)
+      if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise InputError(f"ModelConfig.{name}", value, "a positive integer")
+    if self.activation not in ACTIVATIONS:
+      raise InputError("ModelConfig.activation", self.activation, f"one of {ACTIVATIONS}")
+    if self.relpos_buckets < 4 or self.relpos_buckets % 4:
+      raise InputError(
+          "ModelConfig.relpos_buckets", self.relpos_buckets, "a positive multiple of 4"
+      )
+    if self.relpos_max_distance <= self.relpos_buckets // 2:
+      raise InputError(
+          "ModelConfig.relpos_max_distance", self.relpos_max_distance,
+          f"more than half of relpos_buckets, {self.relpos_buckets // 2}",
+      )
+    if not 0 <= self.dropout_rate < 1:
+      raise InputError("ModelConfig.dropout_rate", self.dropout_rate, "from 0 to below 1")
+    for name in ("pad_id", "eos_id"):
+      if not 0 <= getattr(self, name) < self.vocab_size:
+        raise InputError(
+            f"ModelConfig.{name}", getattr(self, name), f"an id below {self.vocab_size}"
+        )
+    for name in ("dtype", "param_dtype", "accum_dtype"):
+      if getattr(self, name) not in ("bfloat16", "float16", "float32", "float64"):
+        raise InputError(
+            f"ModelConfig.{name}", getattr(self, name), "bfloat16, float16, float32 or float64"
+        )
+
+  def replace(self, **changes: Any) -> "ModelConfig":
+    """A copy with some fields changed."""
+    return dataclasses.replace(self, **changes)
+
+  def with_dtype(self, dtype: str) -> "ModelConfig":
+    """A copy that stores and computes everything in one dtype."""
+    return self.replace(dtype=dtype, param_dtype=dtype, accum_dtype=dtype)
+
+  def to_dict(self) -> dict[str, Any]:
+    """The fields, ready for JSON."""
+    return dataclasses.asdict(self)
+
+  @classmethod
+  def from_dict(cls, fields: dict[str, Any]) -> "ModelConfig":
+    """The inverse of `to_dict`.
+
+    Raises:
+      InputError: for a field that doesn't exist.
+    """
+    known = {field.name for field in dataclasses.fields(cls)}
+    for name, value in fields.items():
+      if name not in known:
+        raise InputError(f"ModelConfig.{name}", value, f"one of the fields {sorted(known)}")
+    return cls(**fields)

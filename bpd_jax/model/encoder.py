@@ -1,0 +1,83 @@
+"""The encoder stack."""
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+
+from bpd_jax.model.config import ModelConfig
+from bpd_jax.model.layers import (
+    Attention,
+    FeedForward,
+    RelativePositionBias,
+    RMSNorm,
+    mask_bias,
+)
+from bpd_jax.partitioning import Partitioning
+
+Array = jax.Array
+
+
+class EncoderLayer(nn.Module):
+  """Self-attention and feed-forward, norm first, residual around each."""
+
+  config: ModelConfig
+  partitioning: Partitioning
+
+  @nn.compact
+  def __call__(self, x: Array, bias: Array, is_training: bool) -> tuple[Array, None]:
+    """[batch, length, d_model] -> the same, and None for the scan."""
+    config, place = self.config, self.partitioning
+    drop = nn.Dropout(config.dropout_rate, broadcast_dims=(-2,), deterministic=not is_training)
+    attention = Attention(config, place, name="attention")
+    normed = RMSNorm(config, name="pre_attention_layer_norm")(x)
+    queries, keys, values = attention.queries_keys_values(normed)
+    x = x + drop(attention.combine(queries, [(keys, values, bias)], is_training))
+    normed = RMSNorm(config, name="pre_mlp_layer_norm")(x)
+    x = x + drop(FeedForward(config, place, name="mlp")(normed, is_training))
+    return place.constrain(x, ("batch", "length", "embed")), None
+
+
+def stack_layers(layer: type[nn.Module], num_layers: int, num_inputs: int) -> type[nn.Module]:
+  """A scan over layers whose parameters are stacked on a first axis `layers`.
+
+  Args:
+    layer: a module with `__call__(x, *inputs, is_training) -> (x, None)`.
+    num_layers: how many.
+    num_inputs: how many inputs each layer gets as they are.
+  """
+  return nn.scan(
+      layer,
+      variable_axes={"params": 0},
+      split_rngs={"params": True, "dropout": True},
+      in_axes=(nn.broadcast,) * (num_inputs + 1),
+      length=num_layers,
+      metadata_params={nn.PARTITION_NAME: "layers"},
+  )
+
+
+class Encoder(nn.Module):
+  """Embedded tokens -> normed states."""
+
+  config: ModelConfig
+  partitioning: Partitioning
+
+  @nn.compact
+  def __call__(self, x: Array, mask: Array, is_training: bool = False) -> Array:
+    """Encodes.
+
+    Args:
+      x: [batch, length, d_model] embedded tokens.
+      mask: [batch, length] bool, which tokens count.
+      is_training: whether to drop.
+
+    Returns:
+      [batch, length, d_model].
+    """
+    config = self.config
+    position = jnp.arange(x.shape[1])[None, :]
+    bias = RelativePositionBias(config, True, name="relpos_bias")(position, position)
+    bias = mask_bias(bias, mask[:, None, None, :])
+    drop = nn.Dropout(config.dropout_rate, broadcast_dims=(-2,), deterministic=not is_training)
+    stack = stack_layers(EncoderLayer, config.num_encoder_layers, 1)
+    x, _ = stack(config, self.partitioning, name="layers")(drop(x), bias, is_training)
+    return drop(RMSNorm(config, name="norm")(x))

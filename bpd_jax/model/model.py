@@ -1,0 +1,184 @@
+"""The T5-style encoder-decoder with parallel heads, for training and decoding.
+
+`EncoderDecoder` with stacked parameters is what trains and is stored.
+`decode_view` turns those parameters into the ones that decoding reads, for the
+same module with `is_view=True`.
+"""
+
+from typing import Any
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+
+from bpd_jax.model.config import ModelConfig
+from bpd_jax.model.decoder import Decoder, KeysValues
+from bpd_jax.model.encoder import Encoder
+from bpd_jax.model.heads import ParallelHeads
+from bpd_jax.model.layers import variance_init
+from bpd_jax.model.probes import ProbeSpec
+from bpd_jax.partitioning import Partitioning
+
+Array = jax.Array
+
+
+class EncoderDecoder(nn.Module):
+  """T5 1.0 or 1.1 with h - 1 parallel heads.
+
+  Attributes:
+    config: sizes and dtypes.
+    partitioning: where activations live.
+    is_view: parameters are those of `decode_view`.
+  """
+
+  config: ModelConfig
+  partitioning: Partitioning
+  is_view: bool = False
+
+  def setup(self):
+    config, place = self.config, self.partitioning
+    self.embedding = self.param(
+        "embedding",
+        nn.with_partitioning(nn.initializers.normal(1.0), ("vocab", "embed")),
+        (config.vocab_size, config.d_model),
+        config.param_dtype,
+    )
+    self.encoder = Encoder(config, place)
+    self.decoder = Decoder(config, place, self.is_view)
+    if not config.is_tied:
+      self.logits_kernel = self.param(
+          "logits_kernel",
+          nn.with_partitioning(variance_init(config.d_model), ("embed", "vocab")),
+          (config.d_model, config.vocab_size),
+          config.param_dtype,
+      )
+    if config.block_size > 1:
+      self.heads = ParallelHeads(config)
+
+  def embed(self, tokens: Array) -> Array:
+    """[batch, length] int32 -> [batch, length, d_model]."""
+    x = jnp.take(self.embedding, tokens, axis=0, mode="clip").astype(self.config.dtype)
+    return self.partitioning.constrain(x, ("batch", "length", "embed"))
+
+  def encode(self, tokens: Array, mask: Array, is_training: bool = False) -> Array:
+    """[batch, length] tokens and mask -> [batch, length, d_model]."""
+    return self.encoder(self.embed(tokens), mask, is_training)
+
+  def decode(
+      self, encoded: Array, encoder_mask: Array, decoder_input_tokens: Array,
+      visible: Array | None = None, is_training: bool = False,
+  ) -> Array:
+    """Normed last states, [batch, length, d_model], of whole targets."""
+    x = self.embed(decoder_input_tokens)
+    return self.decoder(x, encoded, encoder_mask, visible, is_training)
+
+  def logits(self, hidden: Array) -> Array:
+    """Output projection: [..., d_model] -> [..., vocab] of `accum_dtype`."""
+    config = self.config
+    if config.is_tied:
+      hidden = hidden * jnp.asarray(config.d_model**-0.5, hidden.dtype)
+      kernel, form = self.embedding, "...d,vd->...v"
+    else:
+      kernel, form = self.logits_kernel, "...d,dv->...v"
+    return jnp.einsum(
+        form, hidden, kernel.astype(config.dtype),
+        preferred_element_type=jnp.dtype(config.accum_dtype),
+    )
+
+  def head_states(self, hidden: Array, num_heads: int | None = None) -> Array:
+    """States of heads 2, 3, …: [..., d_model] -> [..., num_heads, d_model]."""
+    return self.heads(hidden, num_heads)
+
+  def head_logits(self, hidden: Array, num_heads: int | None = None) -> Array:
+    """Logits of heads 2, 3, …: [..., d_model] -> [..., num_heads, vocab]."""
+    return self.logits(self.head_states(hidden, num_heads))
+
+  def __call__(
+      self, encoder_input_tokens: Array, encoder_mask: Array, decoder_input_tokens: Array,
+      is_training: bool = False,
+  ) -> Array:
+    """Logits of the base model, [batch, length, vocab], teacher-forced."""
+    encoded = self.encode(encoder_input_tokens, encoder_mask, is_training)
+    hidden = self.decode(
+        encoded, encoder_mask, decoder_input_tokens, is_training=is_training
+    )
+    if self.is_initializing() and self.config.block_size > 1:
+      self.head_states(hidden)
+    return self.logits(hidden)
+
+  def cross_keys_values(self, encoded: Array) -> tuple[KeysValues, ...]:
+    """What decoding reads of the encoder, one pair a layer; needs the view."""
+    return self.decoder.cross_keys_values(encoded)
+
+  def decode_block(
+      self, tokens: Array, depth, visible, past: tuple[KeysValues, ...], lengths: Array,
+      cross: tuple[KeysValues, ...], encoder_mask: Array, probes: ProbeSpec | None = None,
+  ):
+    """One call over the nodes of a tree; see `Decoder.block`. Needs the view."""
+    if probes is not None:
+      probes.check(self.config.num_decoder_layers)
+    return self.decoder.block(
+        self.embed(tokens), depth, visible, past, lengths, cross, encoder_mask, probes
+    )
+
+
+def init_boxed(config: ModelConfig, partitioning: Partitioning, key: Array) -> Any:
+  """Random parameters as `nn.Partitioned` leaves that carry their logical axes."""
+  tokens = jnp.zeros([partitioning.mesh.size, 1], jnp.int32)
+  model = EncoderDecoder(config, partitioning)
+  return model.init(key, tokens, tokens == 0, tokens)["params"]
+
+
+def abstract_params(config: ModelConfig, partitioning: Partitioning) -> Any:
+  """Shapes and dtypes with shardings, a tree of `jax.ShapeDtypeStruct`."""
+  boxed = jax.eval_shape(lambda: init_boxed(config, partitioning, jax.random.key(0)))
+  return jax.tree.map(
+      lambda leaf: jax.ShapeDtypeStruct(
+          leaf.value.shape, leaf.value.dtype, sharding=partitioning.sharding(leaf.names)
+      ),
+      boxed,
+      is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned),
+  )
+
+
+def init_params(config: ModelConfig, partitioning: Partitioning, key: Array) -> Any:
+  """Random parameters, placed by the partitioning; plain dicts."""
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(config, partitioning))
+
+  def init(key):
+    return nn.unbox(init_boxed(config, partitioning, key))
+
+  return jax.jit(init, out_shardings=shardings)(key)
+
+
+def decode_view(config: ModelConfig, params: Any) -> Any:
+  """Parameters as decoding reads them.
+
+  The decoder's layers are unstacked, so that a call reads each weight where it
+  lies instead of slicing it out of the stack, and projections of the same
+  input become one matrix: queries, keys and values of self-attention, and the
+  two inputs of a gated feed-forward layer.
+
+  Args:
+    config: of the model.
+    params: from `init_params` or a checkpoint.
+
+  Returns:
+    Parameters for `EncoderDecoder(config, partitioning, is_view=True)`.
+  """
+  decoder = dict(params["decoder"])
+  stacked = decoder.pop("layers")
+  for i in range(config.num_decoder_layers):
+    layer = dict(jax.tree.map(lambda leaf: leaf[i], stacked))
+    attention = layer["self_attention"]
+    layer["self_attention"] = {
+        "query_key_value": jnp.stack(
+            [attention["query"], attention["key"], attention["value"]], axis=1
+        ),
+        "out": attention["out"],
+    }
+    if config.is_gated:
+      mlp = layer["mlp"]
+      layer["mlp"] = {"wi": jnp.stack([mlp["wi_0"], mlp["wi_1"]], axis=1), "wo": mlp["wo"]}
+    decoder[f"layers_{i}"] = layer
+  return {**params, "decoder": decoder}
