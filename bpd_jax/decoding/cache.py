@@ -75,10 +75,14 @@ def commit(cache: Cache, verified: Verified, step: Step) -> Cache:
     The cache with `step.num_tokens` more slots in use in each row.
   """
   path = step.path[:, None, :, None]
+  # No token is negative, which XLA doesn't know: the write waits for the call's
+  # last result, so every layer reads its cache before that is overwritten. A
+  # tree of one node has no other such tie, and XLA would copy the whole cache.
+  starts = jnp.where(step.tokens[:, 0] >= 0, cache.lengths, 0)
 
   def append(buffer: Array, nodes: Array) -> Array:
     block = jnp.take_along_axis(nodes, path, axis=2).astype(buffer.dtype)
-    return write_rows(buffer, block, cache.lengths, axis=2)
+    return write_rows(buffer, block, starts, axis=2)
 
   return Cache(
       keys=tuple(map(append, cache.keys, verified.keys)),

@@ -183,11 +183,11 @@ def decode(
     )[:, 0]
     drafts = jnp.where(tree.is_valid & ~state.is_done[:, None], tree.tokens, -1)
     trace = Trace(
-        drafts=jax.lax.dynamic_update_slice(
-            state.trace.drafts, drafts[:, None], (0, state.call, 0)
+        drafts=jax.lax.dynamic_update_index_in_dim(
+            state.trace.drafts, drafts, state.call, axis=1
         ),
-        num_emitted=jax.lax.dynamic_update_slice(
-            state.trace.num_emitted, step.num_tokens[:, None], (0, state.call)
+        num_emitted=jax.lax.dynamic_update_index_in_dim(
+            state.trace.num_emitted, step.num_tokens, state.call, axis=1
         ),
     )
     return state.replace(

@@ -27,16 +27,16 @@ class DecoderLayer(nn.Module):
 
   config: ModelConfig
   partitioning: Partitioning
-  is_fused: bool = False
+  is_view: bool = False
 
   def setup(self):
     config, place = self.config, self.partitioning
     self.pre_self_attention_layer_norm = RMSNorm(config)
-    self.self_attention = Attention(config, place, is_fused=self.is_fused)
+    self.self_attention = Attention(config, place, is_view=self.is_view)
     self.pre_cross_attention_layer_norm = RMSNorm(config)
-    self.encoder_decoder_attention = Attention(config, place, is_cross=True)
+    self.encoder_decoder_attention = Attention(config, place, is_cross=True, is_view=self.is_view)
     self.pre_mlp_layer_norm = RMSNorm(config)
-    self.mlp = FeedForward(config, place, is_fused=self.is_fused)
+    self.mlp = FeedForward(config, place, is_view=self.is_view)
     self.dropout = nn.Dropout(config.dropout_rate, broadcast_dims=(-2,))
 
   def cross_keys_values(self, encoded: Array) -> KeysValues:
@@ -99,7 +99,7 @@ class Decoder(nn.Module):
     self.relpos_bias = RelativePositionBias(config, False)
     if self.is_view:
       self.layers = [
-          DecoderLayer(config, place, is_fused=True, name=f"layers_{i}")
+          DecoderLayer(config, place, is_view=True, name=f"layers_{i}")
           for i in range(config.num_decoder_layers)
       ]
     else:

@@ -16,9 +16,15 @@ Array = jax.Array
 
 
 class ParallelHeads(nn.Module):
-  """States of heads 2 … h."""
+  """States of heads 2 … h.
+
+  Attributes:
+    config: sizes and dtypes.
+    is_view: read the decode-time view of the parameters, kernels [out, in].
+  """
 
   config: ModelConfig
+  is_view: bool = False
 
   @nn.compact
   def __call__(self, hidden: Array, num_heads: int | None = None) -> Array:
@@ -32,19 +38,17 @@ class ParallelHeads(nn.Module):
       [..., num_heads, d_model].
     """
     config = self.config
-    count = config.block_size - 1
-    num_heads = count if num_heads is None else num_heads
-    w1 = self.param(
-        "w1",
-        nn.with_partitioning(variance_init(config.d_model), ("block", "embed", "mlp")),
-        (count, config.d_model, config.head_d_ff),
-        config.param_dtype,
-    )[:num_heads].astype(config.dtype)
-    w2 = self.param(
-        "w2",
-        nn.with_partitioning(nn.initializers.zeros_init(), ("block", "mlp", "embed")),
-        (count, config.head_d_ff, config.d_model),
-        config.param_dtype,
-    )[:num_heads].astype(config.dtype)
-    inner = activation(config.activation)(jnp.einsum("...d,idm->...im", hidden, w1))
-    return hidden[..., None, :] + jnp.einsum("...im,imd->...id", inner, w2)
+
+    def kernel(name, init, shape, names):
+      if self.is_view:
+        shape, names = shape[::-1], names[::-1]
+      shape, names = (config.block_size - 1, *shape), ("block", *names)
+      stacked = self.param(name, nn.with_partitioning(init, names), shape, config.param_dtype)
+      return stacked[:num_heads].astype(config.dtype)
+
+    shape, names = (config.d_model, config.head_d_ff), ("embed", "mlp")
+    w1 = kernel("w1", variance_init(config.d_model), shape, names)
+    w2 = kernel("w2", nn.initializers.zeros_init(), shape[::-1], names[::-1])
+    into, out = ("imd", "idm") if self.is_view else ("idm", "imd")
+    inner = activation(config.activation)(jnp.einsum(f"...d,{into}->...im", hidden, w1))
+    return hidden[..., None, :] + jnp.einsum(f"...im,{out}->...id", inner, w2)

@@ -1,8 +1,10 @@
 """The layers that both stacks are made of: norm, attention, feed-forward.
 
-Parameters have T5X's names and logical axes. With `is_fused` a layer reads the
-decode-time view of its parameters (`model/view.py`), in which projections of
-the same input are one matrix; the arithmetic is the same.
+Parameters have T5X's names and logical axes. With `is_view` a layer reads the
+decode-time view of its parameters (`decode_view` in `model.py`): kernels lie
+[out, in], and projections of the same input are one kernel. A call with few
+rows is bound by reading the weights, and a CPU reads them that way 1.4 to 1.8
+times as fast; the arithmetic is the same.
 """
 
 import math
@@ -54,6 +56,11 @@ class RMSNorm(nn.Module):
     mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
     normed = wide * jax.lax.rsqrt(mean_square + config.norm_epsilon)
     return (normed * scale.astype(config.accum_dtype)).astype(config.dtype)
+
+
+def project(x: Array, kernel: Array, is_view: bool) -> Array:
+  """[..., in] -> [..., out], by a kernel [in, out], or [out, in] in the view."""
+  return jnp.einsum("...i,oi->...o" if is_view else "...i,io->...o", x, kernel)
 
 
 def relpos_bucket_table(num_buckets: int, max_distance: int) -> np.ndarray:
@@ -136,11 +143,13 @@ def attend(queries: Array, segments, accum_dtype, drop: Callable[[Array], Array]
   weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1)
   weights = drop(weights.astype(queries.dtype))
   out, start = 0, 0
-  for _, values, bias in segments:
+  for _, values, _ in segments:
     part = weights[..., start : start + values.shape[2]]
-    out = out + jnp.einsum("bhqk,bhkd->bqhd", part, values)
+    # Heads stay outside until the end: with "bqhd" as the output a CPU takes
+    # three times as long.
+    out = out + jnp.einsum("bhqk,bhkd->bhqd", part, values)
     start += values.shape[2]
-  return out
+  return out.swapaxes(1, 2)
 
 
 class Attention(nn.Module):
@@ -150,68 +159,67 @@ class Attention(nn.Module):
     config: sizes and dtypes.
     partitioning: where activations live.
     is_cross: keys and values come from the encoder.
-    is_fused: read the decode-time view of the parameters.
+    is_view: read the decode-time view of the parameters.
   """
 
   config: ModelConfig
   partitioning: Partitioning
   is_cross: bool = False
-  is_fused: bool = False
+  is_view: bool = False
 
   def setup(self):
     config = self.config
     joined = config.num_heads * config.d_kv
+    plain = variance_init(config.d_model)
     # T5 has no 1/sqrt(d_kv) in the scores; the start of the queries has it.
     scaled = variance_init(config.d_model * config.d_kv)
 
-    def kernel(name, init, shape, names):
+    def kernel(name, init, shape, names, is_view=self.is_view):
+      if is_view:
+        shape, names = shape[::-1], names[::-1]
       return self.param(name, nn.with_partitioning(init, names), shape, config.param_dtype)
 
-    into = (config.d_model, joined), ("embed", "joined_kv")
-    if self.is_fused and not self.is_cross:
-      self.query_key_value = kernel(
-          "query_key_value", variance_init(config.d_model),
-          (config.d_model, 3, joined), ("embed", "fused", "joined_kv"),
+    shape, names = (config.d_model, joined), ("embed", "joined_kv")
+    if self.is_view and not self.is_cross:
+      self.query_key_value = self.param(
+          "query_key_value", nn.with_partitioning(plain, ("fused", *names[::-1])),
+          (3, *shape[::-1]), config.param_dtype,
       )
     else:
-      self.query = kernel("query", scaled, *into)
-      self.key = kernel("key", variance_init(config.d_model), *into)
-      self.value = kernel("value", variance_init(config.d_model), *into)
-    self.out = kernel(
-        "out", variance_init(joined), (joined, config.d_model), ("joined_kv", "embed")
-    )
+      self.query = kernel("query", scaled, shape, names)
+      # Those of cross-attention run once, over whole inputs.
+      self.key = kernel("key", plain, shape, names, is_view=False)
+      self.value = kernel("value", plain, shape, names, is_view=False)
+    self.out = kernel("out", variance_init(joined), shape[::-1], names[::-1])
     self.dropout = nn.Dropout(config.dropout_rate, broadcast_dims=(-2,))
 
-  def _project(self, x: Array, kernel: Array) -> Array:
-    """[batch, n, d_model] -> [batch, n, heads, d_kv]."""
-    joined = x @ kernel.astype(self.config.dtype)
-    shape = x.shape[:2] + (self.config.num_heads, self.config.d_kv)
+  def _split_heads(self, joined: Array) -> Array:
+    """[batch, n, joined_kv] -> [batch, n, heads, d_kv]."""
+    shape = joined.shape[:2] + (self.config.num_heads, self.config.d_kv)
     return self.partitioning.constrain(
         joined.reshape(shape), ("batch", "length", "heads", "kv")
     )
 
   def keys_values(self, x: Array) -> tuple[Array, Array]:
     """Keys and values, [batch, heads, n, d_kv] each, of [batch, n, d_model]."""
-    keys, values = self._project(x, self.key), self._project(x, self.value)
+    keys, values = (
+        self._split_heads(project(x, kernel.astype(self.config.dtype), is_view=False))
+        for kernel in (self.key, self.value)
+    )
     return keys.swapaxes(1, 2), values.swapaxes(1, 2)
 
   def queries_keys_values(self, x: Array) -> tuple[Array, Array, Array]:
     """Queries [batch, n, heads, d_kv], keys and values [batch, heads, n, d_kv]."""
-    if not self.is_fused:
-      return (self._project(x, self.query), *self.keys_values(x))
-    config = self.config
-    kernel = self.query_key_value.astype(config.dtype)
-    fused = jnp.einsum("bnd,dcj->bncj", x, kernel)
-    parts = fused.reshape(x.shape[:2] + (3, config.num_heads, config.d_kv))
-    queries, keys, values = (
-        self.partitioning.constrain(parts[:, :, i], ("batch", "length", "heads", "kv"))
-        for i in range(3)
-    )
+    if not self.is_view:
+      return (self.queries(x), *self.keys_values(x))
+    kernel = self.query_key_value.astype(self.config.dtype)
+    fused = jnp.einsum("bnd,cjd->bncj", x, kernel)
+    queries, keys, values = (self._split_heads(fused[:, :, i]) for i in range(3))
     return queries, keys.swapaxes(1, 2), values.swapaxes(1, 2)
 
   def queries(self, x: Array) -> Array:
     """Queries alone, for keys and values made before."""
-    return self._project(x, self.query)
+    return self._split_heads(project(x, self.query.astype(self.config.dtype), self.is_view))
 
   def combine(self, queries: Array, segments, is_training: bool) -> Array:
     """Attends and projects back to [batch, n, d_model]."""
@@ -219,7 +227,7 @@ class Attention(nn.Module):
     drop = lambda weights: self.dropout(weights, deterministic=not is_training)
     mixed = attend(queries, segments, config.accum_dtype, drop)
     joined = mixed.reshape(mixed.shape[:2] + (config.num_heads * config.d_kv,))
-    return joined @ self.out.astype(config.dtype)
+    return project(joined, self.out.astype(config.dtype), self.is_view)
 
 
 class FeedForward(nn.Module):
@@ -227,27 +235,32 @@ class FeedForward(nn.Module):
 
   config: ModelConfig
   partitioning: Partitioning
-  is_fused: bool = False
+  is_view: bool = False
 
   @nn.compact
   def __call__(self, x: Array, is_training: bool = False) -> Array:
     config = self.config
     act = activation(config.activation)
-    shape, names = (config.d_model, config.d_ff), ("embed", "mlp")
 
     def kernel(name, shape, names):
-      init = nn.with_partitioning(variance_init(shape[0]), names)
+      init = variance_init(shape[0])
+      if self.is_view:
+        shape, names = shape[::-1], names[::-1]
+      init = nn.with_partitioning(init, names)
       return self.param(name, init, shape, config.param_dtype).astype(config.dtype)
 
-    if config.is_gated and self.is_fused:
-      shape, names = (config.d_model, 2, config.d_ff), ("embed", "fused", "mlp")
-      hidden = jnp.einsum("bnd,dcf->bncf", x, kernel("wi", shape, names))
-      hidden = act(hidden[:, :, 0]) * hidden[:, :, 1]
+    shape, names = (config.d_model, config.d_ff), ("embed", "mlp")
+    if config.is_gated and self.is_view:
+      fused = jnp.einsum(
+          "bnd,cfd->bncf", x,
+          kernel("wi", (*shape, 2), (*names, "fused")),
+      )
+      hidden = act(fused[:, :, 0]) * fused[:, :, 1]
     elif config.is_gated:
       hidden = act(x @ kernel("wi_0", shape, names)) * (x @ kernel("wi_1", shape, names))
     else:
-      hidden = act(x @ kernel("wi", shape, names))
+      hidden = act(project(x, kernel("wi", shape, names), self.is_view))
     hidden = self.partitioning.constrain(hidden, ("batch", "length", "mlp"))
     dropout = nn.Dropout(config.dropout_rate, broadcast_dims=(-2,))
     hidden = dropout(hidden, deterministic=not is_training)
-    return hidden @ kernel("wo", (config.d_ff, config.d_model), ("mlp", "embed"))
+    return project(hidden, kernel("wo", shape[::-1], names[::-1]), self.is_view)

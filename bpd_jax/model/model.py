@@ -46,14 +46,15 @@ class EncoderDecoder(nn.Module):
     self.encoder = Encoder(config, place)
     self.decoder = Decoder(config, place, self.is_view)
     if not config.is_tied:
+      shape, names = (config.d_model, config.vocab_size), ("embed", "vocab")
+      if self.is_view:
+        shape, names = shape[::-1], names[::-1]
       self.logits_kernel = self.param(
-          "logits_kernel",
-          nn.with_partitioning(variance_init(config.d_model), ("embed", "vocab")),
-          (config.d_model, config.vocab_size),
-          config.param_dtype,
+          "logits_kernel", nn.with_partitioning(variance_init(config.d_model), names),
+          shape, config.param_dtype,
       )
     if config.block_size > 1:
-      self.heads = ParallelHeads(config)
+      self.heads = ParallelHeads(config, self.is_view)
 
   def embed(self, tokens: Array) -> Array:
     """[batch, length] int32 -> [batch, length, d_model]."""
@@ -75,11 +76,12 @@ class EncoderDecoder(nn.Module):
   def logits(self, hidden: Array) -> Array:
     """Output projection: [..., d_model] -> [..., vocab] of `accum_dtype`."""
     config = self.config
+    kernel, form = self.embedding, "...d,vd->...v"
     if config.is_tied:
       hidden = hidden * jnp.asarray(config.d_model**-0.5, hidden.dtype)
-      kernel, form = self.embedding, "...d,vd->...v"
     else:
-      kernel, form = self.logits_kernel, "...d,dv->...v"
+      kernel = self.logits_kernel
+      form = form if self.is_view else "...d,dv->...v"
     return jnp.einsum(
         form, hidden, kernel.astype(config.dtype),
         preferred_element_type=jnp.dtype(config.accum_dtype),
@@ -155,9 +157,10 @@ def decode_view(config: ModelConfig, params: Any) -> Any:
   """Parameters as decoding reads them.
 
   The decoder's layers are unstacked, so that a call reads each weight where it
-  lies instead of slicing it out of the stack, and projections of the same
-  input become one matrix: queries, keys and values of self-attention, and the
-  two inputs of a gated feed-forward layer.
+  lies instead of slicing it out of the stack. What every call reads lies [out,
+  in], and kernels of the same input are one: queries, keys and values of
+  self-attention, and the two inputs of a gated feed-forward layer. The encoder
+  and cross-attention's keys and values run once a prompt and stay as they are.
 
   Args:
     config: of the model.
@@ -166,19 +169,27 @@ def decode_view(config: ModelConfig, params: Any) -> Any:
   Returns:
     Parameters for `EncoderDecoder(config, partitioning, is_view=True)`.
   """
+  turn = lambda kernel: jnp.swapaxes(kernel, -1, -2)
   decoder = dict(params["decoder"])
   stacked = decoder.pop("layers")
   for i in range(config.num_decoder_layers):
-    layer = dict(jax.tree.map(lambda leaf: leaf[i], stacked))
-    attention = layer["self_attention"]
-    layer["self_attention"] = {
-        "query_key_value": jnp.stack(
-            [attention["query"], attention["key"], attention["value"]], axis=1
-        ),
-        "out": attention["out"],
-    }
+    layer = jax.tree.map(lambda leaf: leaf[i], stacked)
+    own, cross, mlp = (
+        layer[name] for name in ("self_attention", "encoder_decoder_attention", "mlp")
+    )
+    fused = jnp.stack([turn(own[name]) for name in ("query", "key", "value")])
+    own = {"query_key_value": fused, "out": turn(own["out"])}
+    cross = {**cross, "query": turn(cross["query"]), "out": turn(cross["out"])}
     if config.is_gated:
-      mlp = layer["mlp"]
-      layer["mlp"] = {"wi": jnp.stack([mlp["wi_0"], mlp["wi_1"]], axis=1), "wo": mlp["wo"]}
-    decoder[f"layers_{i}"] = layer
-  return {**params, "decoder": decoder}
+      mlp = {"wi": jnp.stack([turn(mlp["wi_0"]), turn(mlp["wi_1"])]), "wo": turn(mlp["wo"])}
+    else:
+      mlp = jax.tree.map(turn, mlp)
+    decoder[f"layers_{i}"] = {
+        **layer, "self_attention": own, "encoder_decoder_attention": cross, "mlp": mlp
+    }
+  view = {**params, "decoder": decoder}
+  if not config.is_tied:
+    view["logits_kernel"] = turn(view["logits_kernel"])
+  if config.block_size > 1:
+    view["heads"] = jax.tree.map(turn, view["heads"])
+  return view

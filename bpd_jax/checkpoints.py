@@ -1,0 +1,248 @@
+"""Model folders: `model.json`, Orbax `params/` and an optional `spiece.model`.
+
+`save_model` writes a folder whole or not at all; `load_model` restores every
+parameter straight into its sharding, after comparing what is on disk with what
+`model.json` asks for. Both take any path that Orbax takes on a local disk.
+"""
+
+import contextlib
+import json
+import os
+from pathlib import Path
+import shutil
+from typing import Any, Iterator
+
+from flax import traverse_util
+import jax
+from jax.experimental import multihost_utils
+import numpy as np
+import orbax.checkpoint as ocp
+
+from bpd_jax.errors import InputError
+from bpd_jax.model.config import ModelConfig
+from bpd_jax.model.model import abstract_params
+from bpd_jax.partitioning import Partitioning, single_device
+
+CONFIG_FILE = "model.json"
+PARAMS_FOLDER = "params"
+VOCABULARY_FILE = "spiece.model"
+
+PathLike = str | os.PathLike
+
+
+def save_model(
+    folder: PathLike, config: ModelConfig, params: Any, vocabulary_file: PathLike | None = None
+) -> None:
+  """Writes a model folder.
+
+  Args:
+    folder: a path that doesn't exist yet; its parents are made.
+    config: of the model.
+    params: the stored tree, numpy or jax arrays.
+    vocabulary_file: a SentencePiece model to copy into the folder.
+
+  Raises:
+    InputError: where the folder exists, or the parameters aren't the config's.
+  """
+  check_new(folder)
+  check_shapes(leaf_shapes(params), leaf_shapes_of(config))
+  vocabulary_file = check_vocabulary(vocabulary_file)
+  with new_folder(folder) as partial:
+    with ocp.StandardCheckpointer() as checkpointer:
+      checkpointer.save(partial / PARAMS_FOLDER, params)
+    if jax.process_index() == 0:
+      write_object(partial / CONFIG_FILE, config.to_dict())
+      if vocabulary_file is not None:
+        shutil.copyfile(vocabulary_file, partial / VOCABULARY_FILE)
+
+
+def load_config(folder: PathLike) -> ModelConfig:
+  """Reads `model.json` of a model folder; InputError where it doesn't hold a config."""
+  folder = Path(folder)
+  if not folder.is_dir():
+    raise InputError("model folder", str(folder), "a folder that exists")
+  path = folder / CONFIG_FILE
+  fields = read_object(path)
+  try:
+    return ModelConfig.from_dict(fields)
+  except InputError:
+    raise
+  except (TypeError, ValueError) as error:
+    raise InputError(str(path), str(error), "a ModelConfig's fields and types") from error
+
+
+def load_model(
+    folder: PathLike, partitioning: Partitioning, dtype: str | None = None
+) -> tuple[ModelConfig, Any]:
+  """Reads a model folder.
+
+  Args:
+    folder: from `save_model`.
+    partitioning: where the parameters go; each device reads its own part.
+    dtype: to store and compute everything in, instead of the folder's.
+
+  Returns:
+    The config, and the parameters as jax arrays of `config.param_dtype`.
+
+  Raises:
+    InputError: naming the file, field or leaf that isn't as it should be.
+  """
+  config = load_config(folder)
+  if dtype is not None:
+    config = config.with_dtype(dtype)
+  if config.param_dtype == "float64" and not jax.config.jax_enable_x64:
+    raise InputError(
+        "param_dtype", "float64", "bfloat16, float16 or float32 unless jax_enable_x64 is on"
+    )
+  target = abstract_params(config, partitioning)
+  path = Path(os.path.abspath(folder)) / PARAMS_FOLDER
+  with ocp.StandardCheckpointer() as checkpointer:
+    check_shapes(_shapes_on_disk(checkpointer, path), leaf_shapes(target))
+    for name, leaf in _flatten(target).items():
+      _check_divides(name, leaf)
+    return config, checkpointer.restore(path, target)
+
+
+def vocabulary_path(folder: PathLike) -> Path | None:
+  """The vocabulary of a folder, None where it has none."""
+  path = Path(folder) / VOCABULARY_FILE
+  return path if path.is_file() else None
+
+
+def check_vocabulary(path: PathLike | None) -> Path | None:
+  """The path of a vocabulary that was given; InputError where it isn't a file."""
+  if path is not None and not Path(path).is_file():
+    raise InputError("vocabulary_file", str(path), "a SentencePiece model file")
+  return None if path is None else Path(path)
+
+
+def describe(config: ModelConfig, params: Any) -> str:
+  """A table of what a model holds: parameters, size, heads."""
+  leaves = jax.tree.leaves(params)
+  size = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+  dtypes = ", ".join(sorted({str(leaf.dtype) for leaf in leaves}))
+  heads = f"{config.block_size}"
+  if config.block_size > 1:
+    heads += f", {config.block_size - 1} of them parallel heads of width {config.head_d_ff}"
+  return "\n".join([
+      f"parameters  {sum(leaf.size for leaf in leaves):,}",
+      f"size        {size / 1e6:,.1f} MB of {dtypes}",
+      f"heads       {heads}",
+  ])
+
+
+def leaf_shapes(params: Any) -> dict[str, tuple[int, ...]]:
+  """Shape of every leaf by its name, "decoder/layers/mlp/wi_0"."""
+  return {name: tuple(leaf.shape) for name, leaf in _flatten(params).items()}
+
+
+def leaf_shapes_of(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+  """`leaf_shapes` of a config's parameters."""
+  # The shapes don't depend on the dtype, and float64 needs a flag of JAX's.
+  return leaf_shapes(abstract_params(config.with_dtype("float32"), single_device()))
+
+
+def check_shapes(
+    found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]
+) -> None:
+  """Compares two `leaf_shapes`; InputError naming the first leaf that differs."""
+  for name, shape in expected.items():
+    if name not in found:
+      raise InputError(f"{name}", "missing", f"an array of shape {shape}")
+    if found[name] != shape:
+      raise InputError(f"{name} shape", found[name], f"{shape}, from the config")
+  for name, shape in found.items():
+    if name not in expected:
+      raise InputError(f"{name}", f"unused array of shape {shape}", "a leaf of the config")
+
+
+def check_new(folder: PathLike) -> None:
+  """Raises InputError where something is at the path."""
+  if os.path.lexists(folder):
+    raise InputError("folder", str(folder), "a path where nothing is yet")
+
+
+@contextlib.contextmanager
+def new_folder(folder: PathLike) -> Iterator[Path]:
+  """A folder that appears at its path only when the block has ended well.
+
+  Yields a hidden sibling to write into, which is renamed at the end, or removed
+  where the block raises. With several processes all enter, and the first one
+  makes and renames.
+  """
+  check_new(folder)
+  folder = Path(os.path.abspath(folder))
+  partial = folder.with_name(f".{folder.name}.partial")
+  is_first = jax.process_index() == 0
+  if is_first:
+    try:
+      shutil.rmtree(partial, ignore_errors=True)
+      partial.mkdir(parents=True)
+    except OSError as error:
+      raise InputError(
+          "folder", str(folder), f"a path that can be written ({error.strerror})"
+      ) from error
+  _wait_for_all("begin")
+  try:
+    yield partial
+    _wait_for_all("written")
+    if is_first:
+      partial.rename(folder)
+    _wait_for_all("renamed")
+  except BaseException:
+    if is_first:
+      shutil.rmtree(partial, ignore_errors=True)
+    raise
+
+
+def read_object(path: Path) -> dict[str, Any]:
+  """Reads a JSON object; InputError naming the file where it isn't one."""
+  try:
+    fields = json.loads(path.read_text(encoding="utf-8"))
+  except OSError as error:
+    raise InputError(
+        "file", str(path), f"a file that can be read ({error.strerror})"
+    ) from error
+  except ValueError as error:
+    raise InputError(str(path), str(error), "JSON") from error
+  if not isinstance(fields, dict):
+    raise InputError(str(path), type(fields).__name__, "a JSON object")
+  return fields
+
+
+def write_object(path: Path, fields: dict[str, Any]) -> None:
+  """Writes a JSON object, one field a line."""
+  path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+
+
+def _flatten(tree: Any) -> dict[str, Any]:
+  return traverse_util.flatten_dict(tree, sep="/")
+
+
+def _shapes_on_disk(checkpointer, path: Path) -> dict[str, tuple[int, ...]]:
+  """`leaf_shapes` of an Orbax folder, from its metadata alone."""
+  try:
+    metadata = checkpointer.metadata(path).item_metadata
+  except (OSError, ValueError) as error:
+    raise InputError("params", str(path), "an Orbax folder with metadata") from error
+  if metadata is None:
+    raise InputError("params", str(path), "an Orbax folder with metadata")
+  return leaf_shapes(metadata.tree)
+
+
+def _check_divides(name: str, leaf: jax.ShapeDtypeStruct) -> None:
+  """Raises InputError where a leaf can't be split evenly over its mesh axes."""
+  mesh = leaf.sharding.mesh
+  for size, axes in zip(leaf.shape, leaf.sharding.spec):
+    axes = (axes,) if isinstance(axes, str) else axes or ()
+    split = int(np.prod([mesh.shape[axis] for axis in axes]))
+    if size % split:
+      raise InputError(
+          f"{name} shape", leaf.shape, f"multiples of {split} on the mesh axes {axes}"
+      )
+
+
+def _wait_for_all(what: str) -> None:
+  """Waits until every process is here."""
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(f"new_folder {what}")

@@ -1,0 +1,36 @@
+"""Makes a folder that transformers' T5 reads from a model folder.
+
+  python -m bpd_jax.export --from models/flan-small --to flan-t5-small
+"""
+
+import argparse
+from typing import Sequence
+
+from bpd_jax.checkpoints import check_new, describe, load_model, vocabulary_path
+from bpd_jax.interchange.huggingface import export_model
+from bpd_jax.launch import run
+from bpd_jax.partitioning import single_device
+
+
+def main(argv: Sequence[str]) -> None:
+  """Exports; see `--help`."""
+  parser = argparse.ArgumentParser(
+      prog="python -m bpd_jax.export", description=__doc__.splitlines()[0]
+  )
+  parser.add_argument(
+      "--from", dest="source", required=True, metavar="DIR", help="model folder"
+  )
+  parser.add_argument(
+      "--to", dest="target", required=True, metavar="DIR",
+      help="folder to make; nothing may be there yet",
+  )
+  args = parser.parse_args(argv)
+  check_new(args.target)
+  config, params = load_model(args.source, single_device())
+  export_model(args.target, config, params, vocabulary_path(args.source))
+  print(describe(config, params))
+  print(f"written to  {args.target}")
+
+
+if __name__ == "__main__":
+  run(main)

@@ -1,0 +1,241 @@
+"""Model folders: what is saved comes back bit for bit, and nothing else does."""
+
+import json
+import os
+from pathlib import Path
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from bpd_jax import checkpoints
+from bpd_jax.checkpoints import load_model, save_model
+from bpd_jax.errors import InputError
+from bpd_jax.model.config import ModelConfig
+from bpd_jax.model.model import abstract_params, init_params
+from bpd_jax.partitioning import single_device
+
+CONFIG = ModelConfig(
+    vocab_size=64, d_model=16, d_ff=32, d_kv=8, num_heads=2, num_encoder_layers=2,
+    num_decoder_layers=3, block_size=4, head_d_ff=24, norm_epsilon=3e-6, dropout_rate=0.125,
+)
+PLACE = single_device()
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def params():
+  return init_params(CONFIG, PLACE, jax.random.key(0))
+
+
+@pytest.fixture
+def saved(tmp_path, params):
+  save_model(tmp_path / "model", CONFIG, params)
+  return tmp_path / "model"
+
+
+def rewrite(folder, **fields):
+  """Changes fields of model.json."""
+  path = folder / checkpoints.CONFIG_FILE
+  path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def rewrite_params(folder, params):
+  """Puts another tree in place of the folder's parameters."""
+  with ocp.StandardCheckpointer() as checkpointer:
+    checkpointer.save(folder / checkpoints.PARAMS_FOLDER, params, force=True)
+
+
+def assert_same(found, expected):
+  """Same names, dtypes and bits."""
+  assert jax.tree.structure(found) == jax.tree.structure(expected)
+  for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected)):
+    assert one.dtype == other.dtype
+    np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+
+
+@pytest.mark.parametrize("as_numpy", [False, True])
+def test_round_trip_is_bitwise(tmp_path, params, as_numpy):
+  tree = jax.tree.map(np.asarray, params) if as_numpy else params
+  vocabulary = tmp_path / "some.model"
+  vocabulary.write_bytes(b"pieces")
+  save_model(tmp_path / "new" / "model", CONFIG, tree, vocabulary)
+  config, restored = load_model(tmp_path / "new" / "model", PLACE)
+  assert config == CONFIG
+  assert_same(restored, params)
+  target = abstract_params(CONFIG, PLACE)
+  for leaf, abstract in zip(jax.tree.leaves(restored), jax.tree.leaves(target)):
+    assert isinstance(leaf, jax.Array)
+    assert leaf.sharding == abstract.sharding
+  assert checkpoints.vocabulary_path(tmp_path / "new" / "model").read_bytes() == b"pieces"
+  assert sorted(os.listdir(tmp_path / "new")) == ["model"]
+
+
+def test_restored_parameters_can_be_donated(saved, params):
+  expected = jax.tree.map(lambda leaf: np.asarray(leaf) + 1, params)
+  _, restored = load_model(saved, PLACE)
+  add_one = jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf + 1, tree), donate_argnums=0)
+  assert_same(add_one(restored), expected)
+  assert all(leaf.is_deleted() for leaf in jax.tree.leaves(restored))
+  _, again = load_model(saved, PLACE)
+  assert_same(again, params)
+
+
+def test_dtype_converts_config_and_parameters(saved, params):
+  config, restored = load_model(saved, PLACE, "bfloat16")
+  assert config == CONFIG.with_dtype("bfloat16")
+  assert_same(restored, jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params))
+  with jax.enable_x64(True):
+    config, restored = load_model(saved, PLACE, "float64")
+    assert config.accum_dtype == "float64"
+    assert_same(restored, jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params))
+  with pytest.raises(InputError, match="jax_enable_x64"):
+    load_model(saved, PLACE, "float64")
+
+
+def test_wrong_shape_names_the_leaf(saved):
+  rewrite(saved, d_ff=48)
+  with pytest.raises(InputError) as caught:
+    load_model(saved, PLACE)
+  assert str(caught.value) == (
+      "decoder/layers/mlp/wi_0 shape = (3, 16, 32): allowed is (3, 16, 48), from the config"
+  )
+
+
+def test_number_of_heads_is_checked(saved):
+  rewrite(saved, block_size=5)
+  with pytest.raises(InputError, match=r"^heads/w1 shape = \(3, 16, 24\): .*\(4, 16, 24\)"):
+    load_model(saved, PLACE)
+
+
+def test_missing_and_unused_leaves_are_named(saved, params):
+  rewrite(saved, block_size=1)
+  with pytest.raises(InputError, match=r"^heads/w1 = 'unused array of shape \(3, 16, 24\)'"):
+    load_model(saved, PLACE)
+  rewrite(saved, block_size=4)
+  rewrite_params(saved, {**params, "encoder": {
+      name: leaf for name, leaf in params["encoder"].items() if name != "norm"
+  }})
+  with pytest.raises(InputError, match=r"^encoder/norm/scale = 'missing'.*\(16,\)"):
+    load_model(saved, PLACE)
+
+
+def test_save_refuses_an_existing_folder(saved, params):
+  changed = jax.tree.map(lambda leaf: leaf + 1, params)
+  with pytest.raises(InputError, match="nothing is yet"):
+    save_model(saved, CONFIG, changed)
+  assert_same(load_model(saved, PLACE)[1], params)
+  (saved.parent / "empty").mkdir()
+  with pytest.raises(InputError, match="nothing is yet"):
+    save_model(saved.parent / "empty", CONFIG, params)
+
+
+def test_save_refuses_parameters_of_another_config(tmp_path, params):
+  with pytest.raises(InputError, match="decoder/layers/mlp/wi_0 shape"):
+    save_model(tmp_path / "model", CONFIG.replace(d_ff=8), params)
+  with pytest.raises(InputError, match="vocabulary_file"):
+    save_model(tmp_path / "model", CONFIG, params, tmp_path / "absent.model")
+  assert not os.listdir(tmp_path)
+
+
+def test_a_failed_write_leaves_nothing(tmp_path):
+  with pytest.raises(KeyboardInterrupt):
+    with checkpoints.new_folder(tmp_path / "model") as partial:
+      (partial / "half").write_text("x")
+      raise KeyboardInterrupt
+  assert not os.listdir(tmp_path)
+
+
+def test_unwritable_place_is_an_input_error(tmp_path, params):
+  (tmp_path / "file").write_text("x")
+  with pytest.raises(InputError, match="^folder = .*a path that can be written"):
+    save_model(tmp_path / "file" / "model", CONFIG, params)
+
+
+def test_missing_parts_are_input_errors(saved):
+  with pytest.raises(InputError, match="model folder = .*absent"):
+    load_model(saved.parent / "absent", PLACE)
+  os.rename(saved / "params", saved / "elsewhere")
+  with pytest.raises(InputError, match="^params = .*Orbax"):
+    load_model(saved, PLACE)
+  (saved / "params").mkdir()
+  with pytest.raises(InputError, match="^params = .*Orbax"):
+    load_model(saved, PLACE)
+  os.remove(saved / "model.json")
+  with pytest.raises(InputError, match=r"model\.json"):
+    load_model(saved, PLACE)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("{", "JSON"),
+        ("[1]", "a JSON object"),
+        ('{"d_modell": 3}', "ModelConfig.d_modell = 3"),
+        ('{"dropout_rate": "much"}', "a ModelConfig's fields and types"),
+        ('{"d_model": 2.5}', "ModelConfig.d_model = 2.5"),
+    ],
+)
+def test_bad_model_json_is_one_line(saved, text, message):
+  (saved / "model.json").write_text(text)
+  with pytest.raises(InputError) as caught:
+    load_model(saved, PLACE)
+  assert message in str(caught.value)
+  assert "\n" not in str(caught.value)
+
+
+ON_A_MESH = """
+import sys
+import jax, numpy as np
+from bpd_jax.checkpoints import load_model, save_model
+from bpd_jax.errors import InputError
+from bpd_jax.model.model import abstract_params
+from bpd_jax.partitioning import make_partitioning
+
+place = make_partitioning(data=2, fsdp=2, model=2)
+config, params = load_model(sys.argv[1], place)
+target = abstract_params(config, place)
+assert jax.tree.all(jax.tree.map(lambda a, b: a.sharding == b.sharding, params, target))
+w1 = params["heads"]["w1"]
+assert {shard.data.shape for shard in w1.addressable_shards} == {(3, 8, 12)}
+save_model(sys.argv[2], config, params)
+try:
+  load_model(sys.argv[1], make_partitioning(data=1, fsdp=1, model=8))
+except InputError as error:
+  print(error)
+try:
+  load_model(sys.argv[3], place)
+except InputError as error:
+  print(error)
+"""
+
+
+def test_folder_loads_on_a_mesh_and_back(saved, params, tmp_path):
+  # A vocabulary of 63 doesn't divide over two devices.
+  odd = CONFIG.replace(vocab_size=63)
+  save_model(tmp_path / "odd", odd, init_params(odd, PLACE, jax.random.key(0)))
+  flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+  done = subprocess.run(
+      [sys.executable, "-c", ON_A_MESH, saved, tmp_path / "back", tmp_path / "odd"],
+      cwd=ROOT, env=os.environ | flags, capture_output=True, text=True, check=False,
+  )
+  assert done.returncode == 0, done.stderr
+  joined, vocabulary = done.stdout.splitlines()
+  assert joined == (
+      "decoder/relpos_bias/rel_embedding shape = (2, 32): "
+      "allowed is multiples of 8 on the mesh axes ('model',)"
+  )
+  assert vocabulary.startswith("embedding shape = (63, 16): allowed is multiples of 2")
+  assert_same(load_model(tmp_path / "back", PLACE)[1], params)
+
+
+def test_describe_counts(params):
+  table = checkpoints.describe(CONFIG, params)
+  count = sum(leaf.size for leaf in jax.tree.leaves(params))
+  assert f"parameters  {count:,}" in table
+  assert f"{4 * count / 1e6:,.1f} MB of float32" in table
+  assert "heads       4, 3 of them parallel heads of width 24" in table

@@ -1,0 +1,570 @@
+"""Import and export agree with transformers on random models of every kind."""
+
+import json
+import os
+from pathlib import Path
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from safetensors.numpy import load_file, save_file
+
+from bpd_jax.checkpoints import load_model
+from bpd_jax.errors import InputError
+from bpd_jax.generation import Generator
+from bpd_jax.interchange import huggingface
+from bpd_jax.interchange.huggingface import export_model, import_model
+from bpd_jax.model.config import ACTIVATIONS
+from bpd_jax.model.layers import relpos_bucket_table
+from bpd_jax.model.model import EncoderDecoder
+from bpd_jax.partitioning import single_device
+import hf_models
+
+PLACE = single_device()
+ROOT = Path(__file__).resolve().parent.parent
+
+# Longer than relative_attention_max_distance, so every bucket is read.
+LENGTHS = (27, 9, 1)
+TARGET_LENGTH = 25
+
+
+@pytest.fixture(scope="module", params=hf_models.KINDS)
+def kind(request):
+  return request.param
+
+
+@pytest.fixture(scope="module")
+def model(kind):
+  return hf_models.make_t5(kind, seed=3)
+
+
+@pytest.fixture(scope="module")
+def folder(model, kind, tmp_path_factory):
+  path = tmp_path_factory.mktemp(kind)
+  hf_models.save(model, path)
+  return path
+
+
+@pytest.fixture
+def copy(tmp_path):
+  """Makes a folder of a kind that a test may spoil."""
+
+  def make(kind="t5_1_1", **options):
+    path = tmp_path / f"{kind}_folder"
+    hf_models.save(hf_models.make_t5(kind, seed=5), path, **options)
+    return path
+
+  return make
+
+
+def random_inputs():
+  """Prompts padded to the longest, their mask, and decoder inputs from padding."""
+  rng = np.random.default_rng(0)
+  tokens = rng.integers(2, 97, [len(LENGTHS), max(LENGTHS)])
+  mask = np.arange(max(LENGTHS)) < np.array(LENGTHS)[:, None]
+  targets = rng.integers(2, 97, [len(LENGTHS), TARGET_LENGTH])
+  targets[:, 0] = 0
+  return np.where(mask, tokens, 0), mask, targets
+
+
+def torch_logits(model):
+  """Encoder states of real tokens and logits, from transformers."""
+  tokens, mask, targets = (torch.from_numpy(np.asarray(x)) for x in random_inputs())
+  with torch.no_grad():
+    out = model(input_ids=tokens, attention_mask=mask.long(), decoder_input_ids=targets)
+  encoded = out.encoder_last_hidden_state.to(torch.float64).numpy()
+  return encoded * mask.numpy()[:, :, None], out.logits.to(torch.float64).numpy()
+
+
+def our_logits(config, params):
+  """The same from here."""
+  tokens, mask, targets = random_inputs()
+  ours = EncoderDecoder(config, PLACE)
+  variables = {"params": params}
+  encoded = ours.apply(variables, tokens, mask, method="encode")
+  logits = ours.apply(variables, tokens, mask, targets)
+  return np.asarray(encoded, np.float64) * mask[:, :, None], np.asarray(logits, np.float64)
+
+
+def in_float64(config, params):
+  return config.with_dtype("float64"), jax.tree.map(lambda leaf: np.float64(leaf), params)
+
+
+def assert_close(found, expected, tolerance):
+  """Largest difference relative to the largest value."""
+  for one, other in zip(found, expected):
+    assert np.abs(one - other).max() <= tolerance * np.abs(other).max()
+
+
+def assert_same(found, expected):
+  assert jax.tree.structure(found) == jax.tree.structure(expected)
+  for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected)):
+    assert one.dtype == other.dtype
+    np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+
+
+def edit_config(folder, **fields):
+  """Sets fields of config.json; None removes one."""
+  path = folder / "config.json"
+  known = json.loads(path.read_text()) | fields
+  path.write_text(json.dumps({name: x for name, x in known.items() if x is not None}))
+
+
+def edit_tensors(folder, changes):
+  """Sets tensors of model.safetensors; None removes one."""
+  path = folder / "model.safetensors"
+  tensors = {name: x.copy() for name, x in load_file(path).items()} | changes
+  save_file({name: x for name, x in tensors.items() if x is not None}, path)
+
+
+def assert_error(folder, text, **options):
+  with pytest.raises(InputError) as caught:
+    import_model(folder, **options)
+  assert text in str(caught.value)
+  assert "\n" not in str(caught.value)
+
+
+def test_config_is_read(folder, kind):
+  config, _ = import_model(folder)
+  assert config.to_dict() == {
+      "vocab_size": 97, "d_model": 24, "d_ff": 40, "d_kv": 8, "num_heads": 2,
+      "num_encoder_layers": 3, "num_decoder_layers": 2, "block_size": 1, "head_d_ff": 40,
+      "activation": "relu" if kind == "t5" else "gelu", "is_gated": kind != "t5",
+      "is_tied": kind == "t5", "relpos_buckets": 8, "relpos_max_distance": 20,
+      "norm_epsilon": 1e-6, "dropout_rate": 0.0, "pad_id": 0, "eos_id": 1,
+      "dtype": "float32", "param_dtype": "float32", "accum_dtype": "float32",
+  }
+
+
+def test_logits_agree_in_float32(folder, model):
+  assert_close(our_logits(*import_model(folder)), torch_logits(model), 1e-5)
+
+
+def test_logits_agree_in_float64(folder, kind):
+  expected = torch_logits(hf_models.make_t5(kind, seed=3, dtype=torch.float64))
+  with jax.enable_x64(True):
+    found = our_logits(*in_float64(*import_model(folder)))
+  assert_close(found, expected, 1e-10)
+
+
+def test_public_sizes_of_relative_bias_agree(tmp_path):
+  """32 buckets up to distance 128, read over 140 positions."""
+  sizes = {"relative_attention_num_buckets": 32, "relative_attention_max_distance": 128}
+  model = hf_models.make_t5("t5_1_1", seed=1, dtype=torch.float64, **sizes)
+  hf_models.save(model, tmp_path)
+  tokens = np.random.default_rng(1).integers(2, 97, [1, 140])
+  mask = np.ones_like(tokens, bool)
+  with torch.no_grad():
+    ids = torch.from_numpy(tokens)
+    expected = model(input_ids=ids, decoder_input_ids=ids).logits.numpy()
+  with jax.enable_x64(True):
+    config, params = in_float64(*import_model(tmp_path))
+    found = EncoderDecoder(config, PLACE).apply({"params": params}, tokens, mask, tokens)
+    assert_close([np.asarray(found)], [expected], 1e-10)
+
+
+@pytest.mark.parametrize("buckets, max_distance", [(32, 128), (8, 20), (16, 64), (32, 256)])
+@pytest.mark.parametrize("is_bidirectional", [True, False])
+def test_buckets_are_those_of_transformers(buckets, max_distance, is_bidirectional):
+  from transformers.models.t5.modeling_t5 import T5Attention
+
+  distance = torch.arange(max_distance + 1)
+  expected = T5Attention._relative_position_bucket(
+      -distance, is_bidirectional, buckets, max_distance
+  )
+  side = buckets // 2 if is_bidirectional else buckets
+  np.testing.assert_array_equal(relpos_bucket_table(side, max_distance), expected.numpy())
+
+
+def test_greedy_tokens_agree_in_float64(folder, kind):
+  reference = hf_models.make_t5(kind, seed=3, dtype=torch.float64)
+  with torch.no_grad():
+    # The end of text is made likely enough to come in some rows.
+    kernel = reference.lm_head.weight
+    kernel[1] = 1.5 * kernel[2:].abs().mean() * torch.sign(kernel[1])
+  hf_models.save(reference, folder.parent / f"{folder.name}_eos")
+  rng = np.random.default_rng(4)
+  prompts = [rng.integers(2, 97, length).tolist() for length in (3, 30, 12, 7, 21, 1, 16, 5)]
+  expected = []
+  for prompt in prompts:
+    row = reference.generate(
+        torch.tensor([prompt]), max_new_tokens=24, num_beams=1, do_sample=False
+    )[0].tolist()
+    expected.append(row[1:])
+  with jax.enable_x64(True):
+    config, params = import_model(folder.parent / f"{folder.name}_eos")
+    generator = Generator(*in_float64(config, params))
+    found = generator.generate(prompts, "greedy", max_length=24, batch_size=4)
+  assert [row.tolist() for row in found.tokens] == expected
+  lengths = [len(row) for row in expected]
+  assert min(lengths) < 24 and len({tuple(row) for row in expected}) > 1, lengths
+
+
+def test_config_as_published_folders_have_it(copy):
+  """Before transformers 5 `tie_word_embeddings` alone said whether to scale."""
+  folder = copy("t5_1_1")
+  expected = import_model(folder)
+  edit_config(folder, tie_word_embeddings=False, scale_decoder_outputs=None)
+  config, params = import_model(folder)
+  assert config == expected[0]
+  assert_same(params, expected[1])
+  folder = copy("t5")
+  edit_config(
+      folder, tie_word_embeddings=None, scale_decoder_outputs=None, is_gated_act=None,
+      dense_act_fn=None, relative_attention_max_distance=None, num_decoder_layers=None,
+      decoder_start_token_id=None, num_layers=2,
+  )
+  edit_tensors(folder, {
+      name: None for name in load_file(folder / "model.safetensors") if "encoder.block.2" in name
+  })
+  config, _ = import_model(folder)
+  assert config.is_tied and config.activation == "relu"
+  assert config.num_decoder_layers == 2
+  assert config.relpos_max_distance == 128
+
+
+def test_tied_without_scale_gets_a_kernel_of_its_own(tmp_path):
+  """transformers ties an mT5 that has no lm_head.weight, and never scales it."""
+  model = hf_models.make_t5("mt5", seed=2, tie_word_embeddings=True)
+  hf_models.save(model, tmp_path)
+  assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+  config, params = import_model(tmp_path)
+  assert not config.is_tied
+  np.testing.assert_array_equal(params["logits_kernel"], params["embedding"].T)
+  assert_close(our_logits(config, params), torch_logits(model), 1e-5)
+
+
+def test_repeated_embeddings_are_checked(copy):
+  folder = copy("t5")
+  expected = import_model(folder)[1]
+  table = load_file(folder / "model.safetensors")["shared.weight"].copy()
+  names = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight")
+  unread = huggingface.IGNORED
+  edit_tensors(folder, {name: table for name in names} | {unread: np.ones([8, 2], np.float32)})
+  assert_same(import_model(folder)[1], expected)
+  edit_tensors(folder, {"shared.weight": None})
+  assert_same(import_model(folder)[1], expected)
+  edit_tensors(folder, {"decoder.embed_tokens.weight": table + 1})
+  assert_error(folder, "tensor decoder.embed_tokens.weight = 'other values'")
+  edit_tensors(folder, {"decoder.embed_tokens.weight": None, "lm_head.weight": table + 1})
+  assert_error(folder, "config.json tie_word_embeddings = True: allowed is false, as the values")
+
+
+def test_vocabulary_size_is_the_rows_of_the_embedding(copy):
+  folder = copy("t5")
+  edit_config(folder, vocab_size=64)
+  assert import_model(folder)[0].vocab_size == 97
+
+
+def test_sharded_folder(copy, folder, kind):
+  sharded = copy(kind, max_shard_size="8KB")
+  assert len(list(sharded.glob("*.safetensors"))) > 3
+  whole = copy(kind)  # the same folder, with model.safetensors beside the shards
+  found = import_model(sharded)
+  for path in whole.glob("model-*.safetensors"):
+    path.unlink()
+  assert_same(found[1], import_model(whole)[1])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_folder_becomes_float32(tmp_path, dtype):
+  model = hf_models.make_t5("t5_1_1", seed=7, dtype=getattr(torch, dtype))
+  hf_models.save(model, tmp_path)
+  config, params = import_model(tmp_path)
+  assert config.param_dtype == "float32"
+  assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype(np.float32)}
+  assert_close(our_logits(config, params), torch_logits(model.float()), 1e-5)
+
+
+def test_import_needs_no_torch(folder):
+  code = (
+      "import sys\n"
+      "from bpd_jax.interchange.huggingface import export_model, import_model\n"
+      "import_model(sys.argv[1])\n"
+      "print([name for name in ('torch', 'transformers', 'tensorflow') if name in sys.modules])"
+  )
+  done = subprocess.run(
+      [sys.executable, "-c", code, folder], cwd=ROOT, capture_output=True, text=True, check=True
+  )
+  assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize("max_shard_bytes", [huggingface.MAX_SHARD_BYTES, 8000])
+def test_export_loads_in_transformers(tmp_path, folder, model, kind, max_shard_bytes):
+  config, params = import_model(folder)
+  out = tmp_path / "out"
+  export_model(out, config, params, max_shard_bytes=max_shard_bytes)
+  shards = [path.stat().st_size for path in out.glob("*.safetensors")]
+  if max_shard_bytes == 8000:
+    # The embedding is larger than a shard and has a file for itself.
+    assert len(shards) > 3 and sorted(shards)[-3 if kind != "t5" else -2] < 12_000
+  else:
+    assert len(shards) == 1
+  loaded, report = transformers.T5ForConditionalGeneration.from_pretrained(
+      out, output_loading_info=True
+  )
+  assert not any(report.values()), report
+  assert loaded.dtype == torch.float32
+  loaded.eval()
+  for one, other in zip(torch_logits(loaded), torch_logits(model)):
+    np.testing.assert_array_equal(one, other)
+  prompt = torch.tensor([[5, 6, 7, 1]])
+  options = {"max_new_tokens": 6, "num_beams": 1, "do_sample": False}
+  assert loaded.generate(prompt, **options).tolist() == (
+      model.generate(prompt, **options).tolist()
+  )
+
+
+@pytest.mark.parametrize("block_size", [1, 4])
+def test_import_export_import_is_bitwise(tmp_path, folder, block_size):
+  (tmp_path / "pieces").write_bytes(b"pieces")
+  config, params = import_model(folder, block_size=block_size)
+  export_model(tmp_path / "out", config, params, tmp_path / "pieces")
+  again, params_again = import_model(tmp_path / "out")
+  assert again == config
+  assert_same(params_again, params)
+  assert (tmp_path / "out" / "spiece.model").read_bytes() == b"pieces"
+  assert sorted(os.listdir(tmp_path)) == ["out", "pieces"]
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("is_gated", [False, True])
+def test_every_feed_forward_agrees(tmp_path, folder, is_gated, activation):
+  config, params = import_model(folder)
+  for stack in ("encoder", "decoder"):
+    mlp = params[stack]["layers"]["mlp"]
+    first = mlp.get("wi", mlp.get("wi_0"))
+    wi = {"wi_0": first, "wi_1": first[:, ::-1].copy()} if is_gated else {"wi": first}
+    params[stack]["layers"]["mlp"] = wi | {"wo": mlp["wo"]}
+  config = config.replace(is_gated=is_gated, activation=activation)
+  export_model(tmp_path / "out", config, params)
+  loaded = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / "out").eval()
+  assert_close(our_logits(config, params), torch_logits(loaded), 1e-5)
+  assert import_model(tmp_path / "out")[0] == config
+
+
+def test_export_keeps_bfloat16(tmp_path, folder):
+  config, params = import_model(folder, block_size=3)
+  config = config.with_dtype("bfloat16")
+  params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.bfloat16), params)
+  export_model(tmp_path / "out", config, params)
+  loaded = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / "out")
+  assert loaded.dtype == torch.bfloat16
+  _, again = import_model(tmp_path / "out")
+  assert_same(again, jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), params))
+
+
+def test_export_refuses(tmp_path, folder):
+  config, params = import_model(folder)
+  with pytest.raises(InputError, match="nothing is yet"):
+    export_model(folder, config, params)
+  with pytest.raises(InputError, match="^embedding shape"):
+    export_model(tmp_path / "out", config.replace(vocab_size=96), params)
+  with pytest.raises(InputError, match="^max_shard_bytes"):
+    export_model(tmp_path / "out", config, params, max_shard_bytes=0)
+  assert not os.listdir(tmp_path)
+
+
+def test_fresh_heads_repeat_head_1(folder):
+  config, params = import_model(folder, block_size=3, head_d_ff=200, seed=1)
+  assert (config.block_size, config.head_d_ff) == (3, 200)
+  assert params["heads"]["w1"].shape == (2, 24, 200)
+  assert not params["heads"]["w2"].any()
+  assert abs(params["heads"]["w1"].std() * 24**0.5 - 1) < 0.02
+  same = import_model(folder, block_size=3, head_d_ff=200, seed=1)[1]
+  other = import_model(folder, block_size=3, head_d_ff=200, seed=2)[1]
+  assert_same(same, params)
+  assert (other["heads"]["w1"] != params["heads"]["w1"]).mean() > 0.99
+  hidden = np.random.default_rng(0).standard_normal([2, 24]).astype(np.float32)
+  ours, variables = EncoderDecoder(config, PLACE), {"params": params}
+  base = ours.apply(variables, hidden, method="logits")
+  heads = ours.apply(variables, hidden, method="head_logits")
+  np.testing.assert_allclose(heads, np.repeat(base[:, None], 2, axis=1), rtol=1e-5, atol=1e-5)
+
+
+def test_heads_travel_with_the_folder(tmp_path, folder):
+  config, params = import_model(folder, block_size=4, head_d_ff=12)
+  params["heads"]["w2"] = np.random.default_rng(2).standard_normal([3, 12, 24], np.float32)
+  out = tmp_path / "out"
+  export_model(out, config, params)
+  for block_size in (1, 4):
+    again, params_again = import_model(out, block_size=block_size, seed=9)
+    assert again == config
+    assert_same(params_again, params)
+  assert_error(out, "block_size = 3: allowed is 4, from parallel_heads", block_size=3)
+  assert_error(out, "head_d_ff = 40: allowed is 12, from parallel_heads", head_d_ff=40)
+  w1, w2 = params["heads"]["w1"], params["heads"]["w2"]
+  save_file({"w1": w1, "w2": w2[:2]}, out / huggingface.HEADS_FILE)
+  assert_error(out, "parallel_heads.safetensors w2 shape = (2, 12, 24): allowed is (3, 12, 24)")
+  save_file({"w1": w1[0], "w2": w2}, out / huggingface.HEADS_FILE)
+  assert_error(out, "parallel_heads.safetensors w1 shape = (24, 12)")
+  save_file({"w1": w1}, out / huggingface.HEADS_FILE)
+  assert_error(out, "parallel_heads.safetensors tensors = ['w1']")
+
+
+@pytest.mark.parametrize(
+    "fields, text",
+    [
+        ({"model_type": "umt5"}, "config.json model_type = 'umt5': allowed is one of"),
+        ({"feed_forward_proj": "gelu"}, "feed_forward_proj = 'gelu': allowed is one of ('relu'"),
+        ({"feed_forward_proj": "gated-tanh"}, "feed_forward_proj = 'gated-tanh'"),
+        ({"feed_forward_proj": ["relu"]}, "feed_forward_proj = ['relu']"),
+        ({"dense_act_fn": "gelu"}, "config.json dense_act_fn = 'gelu': allowed is 'gelu_new'"),
+        ({"is_gated_act": False}, "config.json is_gated_act = False: allowed is True"),
+        ({"decoder_start_token_id": 2}, "decoder_start_token_id = 2: allowed is 0, the pad"),
+        ({"pad_token_id": 1}, "config.json decoder_start_token_id = 0: allowed is 1"),
+        ({"d_kv": "8"}, "config.json d_kv = '8': allowed is an integer"),
+        ({"d_model": None}, "config.json d_model = None: allowed is an integer"),
+        ({"eos_token_id": [1, 2]}, "config.json eos_token_id = [1, 2]"),
+        ({"num_layers": 0}, "num_encoder_layers = 0: allowed is a positive integer"),
+        ({"layer_norm_epsilon": True}, "config.json layer_norm_epsilon = True"),
+        (
+            {"d_ff": 48},
+            "tensor encoder.block.0.layer.1.DenseReluDense.wi_0.weight shape = (40, 24): "
+            "allowed is (48, 24), from config.json",
+        ),
+        (
+            {"d_model": 32},
+            "tensor shared.weight shape = (97, 24): allowed is (97, 32), from config.json",
+        ),
+        (
+            {"relative_attention_num_buckets": 16},
+            "SelfAttention.relative_attention_bias.weight shape = (8, 2): allowed is (16, 2)",
+        ),
+        (
+            {"num_decoder_layers": 3},
+            "tensor decoder.block.2.layer.0.SelfAttention.q.weight = 'missing': "
+            "allowed is a tensor of shape (16, 24)",
+        ),
+        (
+            {"num_decoder_layers": 1},
+            "tensor decoder.block.1.layer.0.SelfAttention.k.weight = 'unknown'",
+        ),
+    ],
+)
+def test_config_errors(copy, fields, text):
+  folder = copy()
+  edit_config(folder, **fields)
+  assert_error(folder, text)
+
+
+def test_start_token_in_the_generation_config(copy):
+  folder = copy()
+  edit_config(folder, decoder_start_token_id=None)
+  path = folder / "generation_config.json"
+  path.write_text(json.dumps({"decoder_start_token_id": 3}))
+  assert_error(folder, "generation_config.json decoder_start_token_id = 3: allowed is 0")
+
+
+def test_tensor_errors(copy):
+  folder = copy()
+  q = "decoder.block.1.layer.1.EncDecAttention.q.weight"
+  edit_tensors(folder, {q: np.zeros([16, 25], np.float32)})
+  assert_error(folder, f"tensor {q} shape = (16, 25): allowed is (16, 24), from config.json")
+  edit_tensors(folder, {q: np.zeros([16, 24], np.int8)})
+  assert_error(folder, f"tensor {q} dtype = 'I8'")
+  edit_tensors(folder, {q: None})
+  assert_error(folder, f"tensor {q} = 'missing'")
+  folder = copy()
+  edit_tensors(folder, {"encoder.block.0.adapter.weight": np.zeros([2], np.float32)})
+  assert_error(folder, "tensor encoder.block.0.adapter.weight = 'unknown'")
+  folder = copy()
+  edit_tensors(folder, {"lm_head.weight": np.zeros([90, 24], np.float32)})
+  assert_error(folder, "tensor lm_head.weight shape = (90, 24): allowed is (97, 24)")
+  edit_config(folder, tie_word_embeddings=False)
+  edit_tensors(folder, {"lm_head.weight": None})
+  assert_error(folder, "tensor lm_head.weight = 'missing'")
+  edit_tensors(folder, {"shared.weight": None})
+  assert_error(folder, "tensor shared.weight = 'missing'")
+  edit_tensors(folder, {"shared.weight": np.zeros([97], np.float32)})
+  assert_error(folder, "tensor shared.weight shape = (97,)")
+
+
+def test_file_errors(copy, tmp_path):
+  assert_error(tmp_path / "absent", "a folder that exists")
+  folder = copy(max_shard_size="8KB")
+  index = folder / "model.safetensors.index.json"
+  fields = json.loads(index.read_text())
+  shard = sorted(set(fields["weight_map"].values()))[1]
+  shutil.copy(folder / shard, tmp_path / "shard")
+  whole = (folder / shard).read_bytes()
+  (folder / shard).write_bytes(whole[:-8])
+  assert_error(folder, f"{shard}': allowed is a whole safetensors file")
+  (folder / shard).unlink()
+  assert_error(folder, f"shard in model.safetensors.index.json = '{shard}': allowed is a file in")
+  index.write_text(json.dumps({"weight_map": {"shared.weight": "../shard"}}))
+  assert_error(folder, "shard in model.safetensors.index.json = '../shard'")
+  index.write_text(json.dumps({"weight_map": 3}))
+  assert_error(folder, "weight_map = 3")
+  index.write_text("{")
+  assert_error(folder, "allowed is JSON")
+  index.unlink()
+  assert_error(folder, "model.safetensors or model.safetensors.index.json")
+  (folder / "config.json").unlink()
+  assert_error(folder, "config.json")
+
+
+def command(module, *args):
+  """Runs an entry point as a user does."""
+  return subprocess.run(
+      [sys.executable, "-m", module, *map(str, args)],
+      cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True,
+      check=False,
+  )
+
+
+def test_commands_there_and_back(copy, tmp_path):
+  folder = copy("t5")
+  (folder / "spiece.model").write_bytes(b"pieces")
+  there, back = tmp_path / "there", tmp_path / "back"
+  done = command(
+      "bpd_jax.import_checkpoint", "--from", folder, "--to", there, "--block-size", 3,
+      "--head-d-ff", 20, "--seed", 4,
+  )
+  assert done.returncode == 0, done.stderr
+  config, params = load_model(there, PLACE)
+  expected_config, expected = import_model(folder, block_size=3, head_d_ff=20, seed=4)
+  assert config == expected_config
+  assert_same(params, expected)
+  count = sum(leaf.size for leaf in jax.tree.leaves(expected))
+  assert done.stdout.splitlines() == [
+      f"parameters  {count:,}",
+      f"size        {4 * count / 1e6:,.1f} MB of float32",
+      "heads       3, 2 of them parallel heads of width 20",
+      f"written to  {there}",
+  ]
+  done = command("bpd_jax.export", "--from", there, "--to", back)
+  assert done.returncode == 0, done.stderr
+  assert f"parameters  {count:,}" in done.stdout
+  assert_same(import_model(back)[1], expected)
+  assert (back / "spiece.model").read_bytes() == b"pieces"
+
+
+def assert_one_line(done, text):
+  assert done.returncode == 2
+  assert done.stdout == ""
+  assert len(done.stderr.splitlines()) == 1, done.stderr
+  assert done.stderr.startswith("error: ") and text in done.stderr
+
+
+def test_commands_say_errors_in_one_line(copy, tmp_path):
+  folder = copy(max_shard_size="8KB")
+  edit_config(folder, d_ff=48)
+  name = "tensor encoder.block.0.layer.1.DenseReluDense.wi_0.weight"
+  done = command("bpd_jax.import_checkpoint", "--from", folder, "--to", tmp_path / "there")
+  assert_one_line(done, f"{name} shape = (40, 24): allowed is (48, 24)")
+  shard = sorted(folder.glob("model-00002-*.safetensors"))[0]
+  shard.unlink()
+  done = command("bpd_jax.import_checkpoint", "--from", folder, "--to", tmp_path / "there")
+  assert_one_line(done, shard.name)
+  assert not (tmp_path / "there").exists()
+  done = command("bpd_jax.export", "--from", tmp_path / "absent", "--to", tmp_path / "out")
+  assert_one_line(done, "a folder that exists")
