@@ -5,12 +5,13 @@ parameter straight into its sharding, after comparing what is on disk with what
 `model.json` asks for. Both take any path that Orbax takes on a local disk.
 """
 
+from collections.abc import Iterator
 import contextlib
 import json
 import os
 from pathlib import Path
 import shutil
-from typing import Any, Iterator
+from typing import Any
 
 from flax import traverse_util
 import jax

@@ -4,7 +4,7 @@
 """
 
 import argparse
-from typing import Sequence
+from collections.abc import Sequence
 
 from bpd_jax.checkpoints import check_new, describe, load_model, vocabulary_path
 from bpd_jax.interchange.huggingface import export_model

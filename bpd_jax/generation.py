@@ -5,10 +5,11 @@ one of a few input lengths, and decodes each batch in one compiled loop. Every
 method gives greedy's tokens unless an approximate acceptance rule is asked for.
 """
 
+from collections.abc import Sequence
 import dataclasses
 import functools
 import time
-from typing import Any, Sequence
+from typing import Any
 
 from flax import struct
 import jax
@@ -24,7 +25,7 @@ from bpd_jax.decoding.types import AcceptanceRule, Drafter
 from bpd_jax.decoding.verify import model_verify
 from bpd_jax.errors import InputError
 from bpd_jax.model.config import ModelConfig
-from bpd_jax.model.model import EncoderDecoder, decode_view
+from bpd_jax.model.model import decode_view, EncoderDecoder
 from bpd_jax.partitioning import Partitioning, single_device
 
 METHODS = ("greedy", "blockwise", "reference")

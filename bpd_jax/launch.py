@@ -1,13 +1,20 @@
 """How every entry point starts: `run(main)` under `if __name__ == "__main__"`.
 
 An `InputError` becomes one line on stderr and exit status 2, as argparse does
-with its own; anything else is a bug and keeps its traceback.
+with its own; anything else is a bug and keeps its traceback. Entry points that
+are configured by gin call `read_gin` first.
 """
 
+import argparse
+from collections.abc import Callable, Iterator, Sequence
+import contextlib
+import os
 import sys
-from typing import Callable, NoReturn, Sequence
+from typing import NoReturn
 
 from bpd_jax.errors import InputError
+
+GIN_USAGE = "[--gin_file=FILE …] [--gin.NAME=VALUE …]"
 
 
 def run(
@@ -31,3 +38,115 @@ def run(
 def one_line(error: Exception) -> str:
   """The message without line breaks; gin, for one, appends lines to a message."""
   return " ".join(line.strip() for line in str(error).splitlines() if line.strip())
+
+
+def read_gin(argv: Sequence[str], prog: str, description: str) -> None:
+  """Reads `--gin_file=FILE` and `--gin.NAME=VALUE`, each as often as needed.
+
+  Files are read in order, then bindings. A binding names a parameter of a
+  configurable (`ModelConfig.d_ff`) or a macro that one of the files sets.
+  `--help` lists the files' macros with their values and exits.
+
+  Args:
+    argv: the command line after the program's name.
+    prog: the program's name, for `--help`.
+    description: what it does, for `--help`.
+
+  Raises:
+    InputError: for an unknown option, file, configurable, parameter or macro,
+      a value that isn't one of gin's, or a required macro without a value.
+  """
+  parser = argparse.ArgumentParser(
+      prog=prog, usage=f"{prog} {GIN_USAGE}", description=description, add_help=False
+  )
+  parser.add_argument("--gin_file", action="append", default=[])
+  parser.add_argument("-h", "--help", action="store_true")
+  known, rest = parser.parse_known_args(argv)
+  bindings = []
+  for option in rest:
+    name, _, value = option.removeprefix("--gin.").partition("=")
+    if not option.startswith("--gin.") or not name or not value:
+      raise InputError("option", option, GIN_USAGE)
+    bindings.append(f"{name} = {value}")
+  if known.help:
+    parser.print_help()
+    read_gin_files(known.gin_file, bindings, needs_all=False)
+    print(_macro_table(_macros()))
+    sys.exit(0)
+  read_gin_files(known.gin_file, bindings)
+
+
+def read_gin_files(
+    files: Sequence[str], bindings: Sequence[str] = (), *, needs_all: bool = True
+) -> None:
+  """Makes these files and bindings the whole of gin's configuration.
+
+  Args:
+    files: paths, from the current folder or absolute.
+    bindings: lines of gin, "NAME = value".
+    needs_all: whether a required macro without a value is an error.
+
+  Raises:
+    InputError: see `read_gin`.
+  """
+  import gin
+
+  import bpd_jax.configurables  # noqa: F401  What files can name.
+
+  gin.clear_config()
+  for file in files:
+    if not os.path.isfile(file):
+      raise InputError("gin_file", file, "a file that exists")
+    with _as_input_error(file):
+      gin.parse_config_file(file)
+  known = _macros()
+  for binding in bindings:
+    name, _, value = binding.partition(" = ")
+    if "." not in name and name not in known:
+      raise InputError(
+          f"gin macro {name}", value,
+          f"one of {sorted(known)}" if known else "a macro of a gin file, and none sets any",
+      )
+    with _as_input_error(binding):
+      gin.parse_config(binding)
+  if needs_all:
+    for name, value in _macros().items():
+      if _is_required(value):
+        raise InputError(f"gin macro {name}", "required", f"a value: --gin.{name}=…")
+
+
+@contextlib.contextmanager
+def _as_input_error(source: str) -> Iterator[None]:
+  """Turns what gin raises for a bad file or binding into an InputError."""
+  try:
+    yield
+  except (ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, SyntaxError,
+          TypeError, ValueError) as error:
+    raise InputError("gin", source, f"what gin understands ({one_line(error)})") from error
+
+
+def _is_required(value: object) -> bool:
+  return str(value) == "%gin.REQUIRED"
+
+
+def _macros() -> dict[str, object]:
+  """Macros of the configuration and their values, in order of their names."""
+  import gin
+
+  macros = {}
+  for line in gin.config_str().splitlines():
+    name = line.partition(" = ")[0]
+    if name.isidentifier():
+      macros[name] = gin.query_parameter(f"{name}/gin.macro.value")
+  return dict(sorted(macros.items()))
+
+
+def _macro_table(macros: dict[str, object]) -> str:
+  if not macros:
+    return "macros: none; --gin_file=FILE --help lists those of a file"
+  width = max(map(len, macros))
+  lines = [
+      f"  {name:{width}}  {'(required)' if _is_required(value) else repr(value)}"
+      for name, value in macros.items()
+  ]
+  return "\n".join(["macros, set by --gin.NAME=VALUE:", *lines])

@@ -4,7 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bpd_jax.decoding import accept, tree as trees
+from bpd_jax.decoding import accept
+from bpd_jax.decoding import tree as trees
 from bpd_jax.decoding.types import Tree, Verified
 from bpd_jax.errors import InputError
 

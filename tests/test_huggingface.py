@@ -15,6 +15,7 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+import hf_models
 from safetensors.numpy import load_file, save_file
 
 from bpd_jax.checkpoints import load_model
@@ -26,7 +27,6 @@ from bpd_jax.model.config import ACTIVATIONS
 from bpd_jax.model.layers import relpos_bucket_table
 from bpd_jax.model.model import EncoderDecoder
 from bpd_jax.partitioning import single_device
-import hf_models
 
 PLACE = single_device()
 ROOT = Path(__file__).resolve().parent.parent

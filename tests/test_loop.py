@@ -7,14 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from simulator import count_calls
+from table_model import TableModel
 
 from bpd_jax.decoding import accept, loop, search
 from bpd_jax.decoding.cache import cache_length
 from bpd_jax.decoding.drafters.empty import EmptyDrafter
 from bpd_jax.decoding.drafters.reference import ReferenceDrafter
 from bpd_jax.decoding.types import Lattice, Tree
-from simulator import count_calls
-from table_model import TableModel
 
 MODEL = TableModel(vocab_size=7)
 START = 0
@@ -254,7 +254,11 @@ def test_finished_and_padding_rows_stay_as_they_are():
 
 
 @pytest.mark.parametrize(
-    "rule", [accept.ApproximateTopK(1), accept.ApproximateDistance(0), accept.ApproximateMinimumBlock(1)]
+    "rule",
+    [
+        accept.ApproximateTopK(1), accept.ApproximateDistance(0),
+        accept.ApproximateMinimumBlock(1),
+    ],
 )
 def test_approximate_rules_at_their_strictest_are_exact(rule):
   rng = np.random.default_rng(11)

@@ -1,0 +1,1 @@
+"""The decode loop and its parts: draft, search, verify, accept, commit."""

@@ -9,7 +9,8 @@ Words. *Prefix*: the tokens that are certain. *Root*: the newest certain token,
 emitted but not yet fed to the decoder. It is node 0 of every tree.
 """
 
-from typing import Any, Callable, Protocol
+from collections.abc import Callable
+from typing import Any, Protocol
 
 from flax import struct
 import jax

@@ -1,7 +1,6 @@
 """From a model's block call to `Verify`: one decoder call over a tree."""
 
-from typing import Callable
-
+from collections.abc import Callable
 
 from bpd_jax.decoding import tree as trees
 from bpd_jax.decoding.lattice import first_argmax

@@ -1,0 +1,1 @@
+"""The T5-style encoder-decoder with parallel heads."""

@@ -1,6 +1,5 @@
 """The decoder stack: teacher-forced over whole targets, or one block at a time."""
 
-from typing import Any
 
 from flax import linen as nn
 import jax
@@ -9,13 +8,13 @@ import jax.numpy as jnp
 from bpd_jax.model.config import ModelConfig
 from bpd_jax.model.encoder import stack_layers
 from bpd_jax.model.layers import (
-    Attention,
-    FeedForward,
-    RelativePositionBias,
-    RMSNorm,
-    mask_bias,
+  Attention,
+  FeedForward,
+  mask_bias,
+  RelativePositionBias,
+  RMSNorm,
 )
-from bpd_jax.model.probes import ProbeSpec, column_mask, probe_positions
+from bpd_jax.model.probes import column_mask, probe_positions, ProbeSpec
 from bpd_jax.partitioning import Partitioning
 
 Array = jax.Array

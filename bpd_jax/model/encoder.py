@@ -6,11 +6,11 @@ import jax.numpy as jnp
 
 from bpd_jax.model.config import ModelConfig
 from bpd_jax.model.layers import (
-    Attention,
-    FeedForward,
-    RelativePositionBias,
-    RMSNorm,
-    mask_bias,
+  Attention,
+  FeedForward,
+  mask_bias,
+  RelativePositionBias,
+  RMSNorm,
 )
 from bpd_jax.partitioning import Partitioning
 

@@ -6,8 +6,8 @@ t = L a parallel head, which attends to nothing and is read at the accepted
 node alone (`heads.py`). Real columns never see a probe.
 """
 
+from collections.abc import Callable
 import dataclasses
-from typing import Callable
 
 import jax
 import jax.numpy as jnp

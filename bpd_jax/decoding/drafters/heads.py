@@ -5,8 +5,9 @@ head i = 2 … h on the hidden state of the last accepted node. Head 1 is the ba
 model: its choice there is the root, certain already.
 """
 
+from collections.abc import Callable
 import dataclasses
-from typing import Any, Callable
+from typing import Any
 
 import jax.numpy as jnp
 

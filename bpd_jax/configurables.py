@@ -1,0 +1,13 @@
+"""What a gin file can name besides the entry functions, registered once.
+
+Importing this module is what makes `ModelConfig.d_model = 64` mean something;
+the library itself knows nothing of gin.
+"""
+
+import gin
+
+from bpd_jax.model.config import ModelConfig
+from bpd_jax.partitioning import make_partitioning
+
+gin.external_configurable(ModelConfig, module="bpd_jax")
+gin.external_configurable(make_partitioning, module="bpd_jax", denylist=["devices"])
