@@ -1,0 +1,1 @@
+"""What a model's outputs are worth: exactness now, quality and reports beside it."""
