@@ -1,4 +1,4 @@
-"""Model folders: `model.json`, Orbax `params/` and an optional `spiece.model`.
+"""Model folders: `model.json`, Orbax `params/` and an optional vocabulary.
 
 `save_model` writes a folder whole or not at all; `load_model` restores every
 parameter straight into its sharding, after comparing what is on disk with what
@@ -23,10 +23,10 @@ from bpd_jax.errors import InputError
 from bpd_jax.model.config import ModelConfig
 from bpd_jax.model.model import abstract_params
 from bpd_jax.partitioning import Partitioning, single_device
+from bpd_jax.vocabulary import stored_name
 
 CONFIG_FILE = "model.json"
 PARAMS_FOLDER = "params"
-VOCABULARY_FILE = "spiece.model"
 
 PathLike = str | os.PathLike
 
@@ -40,7 +40,8 @@ def save_model(
     folder: a path that doesn't exist yet; its parents are made.
     config: of the model.
     params: the stored tree, numpy or jax arrays.
-    vocabulary_file: a SentencePiece model to copy into the folder.
+    vocabulary_file: a SentencePiece model, or ByT5's tokenizer_config.json, to copy
+      into the folder.
 
   Raises:
     InputError: where the folder exists, or the parameters aren't the config's.
@@ -54,7 +55,7 @@ def save_model(
     if jax.process_index() == 0:
       write_object(partial / CONFIG_FILE, config.to_dict())
       if vocabulary_file is not None:
-        shutil.copyfile(vocabulary_file, partial / VOCABULARY_FILE)
+        shutil.copyfile(vocabulary_file, partial / stored_name(vocabulary_file))
 
 
 def load_config(folder: PathLike) -> ModelConfig:
@@ -63,6 +64,11 @@ def load_config(folder: PathLike) -> ModelConfig:
   if not folder.is_dir():
     raise InputError("model folder", str(folder), "a folder that exists")
   path = folder / CONFIG_FILE
+  if not path.is_file() and (folder / "config.json").is_file():
+    raise InputError(
+        "model folder", str(folder),
+        "a model folder; python -m bpd_jax.import_checkpoint makes one of transformers'",
+    )
   fields = read_object(path)
   try:
     return ModelConfig.from_dict(fields)
@@ -104,16 +110,10 @@ def load_model(
     return config, checkpointer.restore(path, target)
 
 
-def vocabulary_path(folder: PathLike) -> Path | None:
-  """The vocabulary of a folder, None where it has none."""
-  path = Path(folder) / VOCABULARY_FILE
-  return path if path.is_file() else None
-
-
 def check_vocabulary(path: PathLike | None) -> Path | None:
   """The path of a vocabulary that was given; InputError where it isn't a file."""
   if path is not None and not Path(path).is_file():
-    raise InputError("vocabulary_file", str(path), "a SentencePiece model file")
+    raise InputError("vocabulary_file", str(path), "a file that exists")
   return None if path is None else Path(path)
 
 

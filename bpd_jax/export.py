@@ -6,10 +6,11 @@
 import argparse
 from collections.abc import Sequence
 
-from bpd_jax.checkpoints import check_new, describe, load_model, vocabulary_path
+from bpd_jax.checkpoints import check_new, describe, load_model
 from bpd_jax.interchange.huggingface import export_model
 from bpd_jax.launch import run
 from bpd_jax.partitioning import single_device
+from bpd_jax.vocabulary import vocabulary_path
 
 
 def main(argv: Sequence[str]) -> None:

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bpd_jax.checkpoints import load_model, PathLike
 from bpd_jax.decoding import accept, loop, search
 from bpd_jax.decoding.cache import cache_length, empty_cache
 from bpd_jax.decoding.drafters.empty import EmptyDrafter
@@ -27,6 +28,7 @@ from bpd_jax.errors import InputError
 from bpd_jax.model.config import ModelConfig
 from bpd_jax.model.model import decode_view, EncoderDecoder
 from bpd_jax.partitioning import Partitioning, single_device
+from bpd_jax.vocabulary import load_vocabulary, Vocabulary
 
 METHODS = ("greedy", "blockwise", "reference")
 INPUT_BUCKETS = (32, 64, 128, 256, 512, 1024, 2048)
@@ -224,6 +226,18 @@ def decode_batch(
   )
 
 
+# One cache of compiled programs for all models of the process: models of one
+# config and mesh share them.
+_PREFILL = jax.jit(prefill, static_argnums=0)
+_START = jax.jit(start_state, static_argnums=(0, 1))
+_DECODE = jax.jit(decode_batch, static_argnums=(0, 1), donate_argnums=4)
+
+
+def num_compilations() -> int:
+  """Programs compiled for decoding by this process: encoders, starts and loops."""
+  return sum(program._cache_size() for program in (_PREFILL, _START, _DECODE))
+
+
 class Generator:
   """A model ready to decode.
 
@@ -231,13 +245,12 @@ class Generator:
     config: the model's.
     params: stored parameters, placed by `partitioning`.
     partitioning: the mesh; batches are split over its batch axes.
-    vocabulary: object with `encode(text) -> ids` and `decode(ids) -> text`, or
-      None where only token ids come in.
+    vocabulary: of texts; None where only token ids come in.
   """
 
   def __init__(
       self, config: ModelConfig, params: Any, partitioning: Partitioning | None = None,
-      vocabulary: Any = None,
+      vocabulary: Vocabulary | None = None,
   ):
     self.config = config
     self.params = params
@@ -245,11 +258,7 @@ class Generator:
     self.vocabulary = vocabulary
     self.model = EncoderDecoder(config, self.partitioning, is_view=True)
     self._view = None
-    self._prefill = jax.jit(functools.partial(prefill, self.model))
-    self._start = jax.jit(functools.partial(start_state, self.model), static_argnums=0)
-    self._decode = jax.jit(
-        functools.partial(decode_batch, self.model), static_argnums=0, donate_argnums=3
-    )
+    self._compiled_before = num_compilations()
 
   @property
   def view(self) -> Any:
@@ -262,8 +271,8 @@ class Generator:
 
   @property
   def num_compilations(self) -> int:
-    """Compiled programs so far: encoders, starts and loops."""
-    return sum(f._cache_size() for f in (self._prefill, self._start, self._decode))
+    """Programs compiled since this generator was made."""
+    return num_compilations() - self._compiled_before
 
   def generate(
       self,
@@ -403,16 +412,37 @@ class Generator:
         reference = list(references[i])[: settings.max_length]
         known[slot, : len(reference)] = reference
     place = lambda x, *names: jax.device_put(x, self.partitioning.sharding(names))
-    context = self._prefill(self.view, place(tokens, "batch", "length"), place(lengths, "batch"))
+    context = _PREFILL(
+        self.model, self.view, place(tokens, "batch", "length"), place(lengths, "batch")
+    )
     drafter_inputs = None if known is None else place(known, "batch", "length")
-    state = self._start(settings, place(row_limits, "batch"), drafter_inputs, key)
-    state = self._decode(settings, self.view, context, state)
+    state = _START(self.model, settings, place(row_limits, "batch"), drafter_inputs, key)
+    state = _DECODE(self.model, settings, self.view, context, state)
     return jax.device_get(
         {
             "tokens": state.tokens, "num_tokens": state.num_tokens,
             "num_calls": state.num_calls, "trace": state.trace,
         }
     )
+
+
+def load(
+    folder: PathLike, *, partitioning: Partitioning | None = None, dtype: str | None = None
+) -> Generator:
+  """Reads a model folder, ready to decode.
+
+  Args:
+    folder: from `save_model`, training or `python -m bpd_jax.import_checkpoint`.
+    partitioning: where it lives; the first device by default.
+    dtype: to compute and hold parameters in, instead of the folder's.
+
+  Raises:
+    InputError: naming the file, field or parameter that isn't as it should be.
+  """
+  partitioning = partitioning or single_device()
+  config, params = load_model(folder, partitioning, dtype)
+  vocabulary = load_vocabulary(folder, config.vocab_size)
+  return Generator(config, params, partitioning, vocabulary)
 
 
 def _read_row(state: dict[str, Any], slot: int) -> tuple[np.ndarray, int, list[Call]]:

@@ -6,9 +6,10 @@
 import argparse
 from collections.abc import Sequence
 
-from bpd_jax.checkpoints import check_new, describe, save_model, vocabulary_path
+from bpd_jax.checkpoints import check_new, describe, save_model
 from bpd_jax.interchange.huggingface import import_model
 from bpd_jax.launch import run
+from bpd_jax.vocabulary import vocabulary_path
 
 
 def main(argv: Sequence[str]) -> None:

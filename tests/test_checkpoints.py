@@ -18,6 +18,7 @@ from bpd_jax.errors import InputError
 from bpd_jax.model.config import ModelConfig
 from bpd_jax.model.model import abstract_params, init_params
 from bpd_jax.partitioning import single_device
+from bpd_jax.vocabulary import vocabulary_path
 
 CONFIG = ModelConfig(
     vocab_size=64, d_model=16, d_ff=32, d_kv=8, num_heads=2, num_encoder_layers=2,
@@ -71,7 +72,7 @@ def test_round_trip_is_bitwise(tmp_path, params, as_numpy):
   for leaf, abstract in zip(jax.tree.leaves(restored), jax.tree.leaves(target)):
     assert isinstance(leaf, jax.Array)
     assert leaf.sharding == abstract.sharding
-  assert checkpoints.vocabulary_path(tmp_path / "new" / "model").read_bytes() == b"pieces"
+  assert vocabulary_path(tmp_path / "new" / "model").read_bytes() == b"pieces"
   assert sorted(os.listdir(tmp_path / "new")) == ["model"]
 
 

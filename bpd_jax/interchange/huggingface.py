@@ -26,11 +26,11 @@ from bpd_jax.checkpoints import (
     new_folder,
     PathLike,
     read_object,
-    VOCABULARY_FILE,
     write_object,
 )
 from bpd_jax.errors import InputError
 from bpd_jax.model.config import ModelConfig
+from bpd_jax.vocabulary import stored_name
 
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
@@ -167,7 +167,8 @@ def export_model(
     folder: a path that doesn't exist yet; its parents are made.
     config: of the model.
     params: the stored tree; its dtype is the one written.
-    vocabulary_file: a SentencePiece model to copy into the folder.
+    vocabulary_file: a SentencePiece model, or ByT5's tokenizer_config.json, to copy
+      into the folder.
     max_shard_bytes: tensors beyond this go to further files, with an index. A
       larger single tensor has a file for itself.
 
@@ -208,7 +209,7 @@ def export_model(
     write_object(partial / CONFIG_FILE, _config_fields(config, str(leaves["embedding"].dtype)))
     write_object(partial / GENERATION_FILE, _token_ids(config))
     if vocabulary_file is not None:
-      shutil.copyfile(vocabulary_file, partial / VOCABULARY_FILE)
+      shutil.copyfile(vocabulary_file, partial / stored_name(vocabulary_file))
 
 
 def _tensor_places(config: ModelConfig, shapes: dict[str, tuple[int, ...]]) -> dict[str, Place]:
