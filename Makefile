@@ -11,8 +11,14 @@ install: .venv/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cpu,test]'
 	touch $@
 
+# A random T5 in, all methods over real text out; see experiments/random_t5.
 run: install
-	$(BIN)/python -m experiments.quickstart.run
+	rm -rf runs/random_t5
+	$(BIN)/python experiments/random_t5/make_t5.py runs/random_t5
+	$(BIN)/python -m bpd_jax.import_checkpoint --from runs/random_t5/transformers --to runs/random_t5/model
+	$(BIN)/python -m bpd_jax.evaluate --gin_file=gin/runs/evaluate.gin \
+	  --gin.CHECKPOINT="'runs/random_t5/model'" --gin.ROWS="'runs/random_t5/rows.jsonl'" \
+	  --gin.OUTPUT="'runs/random_t5/results'"
 
 test: install
 	$(BIN)/python -m pytest

@@ -313,13 +313,9 @@ class Generator:
     Raises:
       InputError: naming the argument, before anything is compiled.
     """
-    if block_size is None:
-      block_size = 1 if method == "greedy" else self.config.block_size
-    width = block_size if verify_width is None else verify_width
-    settings = DecodeSettings(method, block_size, width, max_length, rule)
-    check_settings(self.config, settings)
+    settings = self.settings(method, block_size, verify_width, max_length, rule)
     self.partitioning.check_batch(batch_size)
-    rows = self._encode_prompts(prompts, buckets)
+    rows = self.encode_prompts(prompts, buckets)
     limits = self._check_limits(limits, len(rows), max_length)
     if (references is None) == (method == "reference"):
       raise InputError(
@@ -353,8 +349,27 @@ class Generator:
       ]
     return Generation(tokens, calls, traces, texts, seconds, is_warm)
 
-  def _encode_prompts(self, prompts, buckets) -> list[list[int]]:
-    """Token ids of each prompt, checked."""
+  def settings(
+      self, method: str, block_size: int | None = None, verify_width: int | None = None,
+      max_length: int = 128, rule: AcceptanceRule = accept.ExactMatch(),
+  ) -> DecodeSettings:
+    """What `generate` compiles for these arguments, with its defaults filled in.
+
+    Raises:
+      InputError: naming the argument that this model can't decode with.
+    """
+    if block_size is None:
+      block_size = 1 if method == "greedy" else self.config.block_size
+    width = block_size if verify_width is None else verify_width
+    settings = DecodeSettings(method, block_size, width, max_length, rule)
+    check_settings(self.config, settings)
+    return settings
+
+  def encode_prompts(
+      self, prompts: Sequence[str] | Sequence[Sequence[int]],
+      buckets: Sequence[int] = INPUT_BUCKETS,
+  ) -> list[list[int]]:
+    """Token ids of each prompt as the model sees them; InputError naming a bad one."""
     if isinstance(prompts, str) or not len(prompts):
       raise InputError("prompts", prompts, "a non-empty list of texts or of lists of ids")
     rows = []

@@ -1,0 +1,1 @@
+"""Corpora, tasks and batches; nothing here imports TensorFlow unless it says so."""
