@@ -1,0 +1,233 @@
+"""The corpus `docstrings`: cleaned docstrings with their code, split by distribution.
+
+`build` reads the files that the manifest names and gives the same records, in
+the same order, on every machine. The command line writes the manifest anew,
+checks it, and shows what is in the corpus:
+
+  python -m bpd_jax.data.docstrings check
+"""
+
+import argparse
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+import dataclasses
+import hashlib
+import json
+
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from bpd_jax.data import cleaning
+from bpd_jax.data.extraction import extract, Record
+from bpd_jax.data.manifest import (
+  Entry,
+  Environment,
+  Manifest,
+  MANIFEST_FILE,
+  read_files,
+  read_manifest,
+  write_manifest,
+)
+from bpd_jax.data.sources import LICENCES, Source, SOURCES, SPLITS
+from bpd_jax.errors import InputError
+from bpd_jax.launch import run
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+  """What `clean` gives.
+
+  Attributes:
+    records: of each split, by distribution, path and line.
+    steps: records left after each step of the cleaning, by split.
+    leaked: share of validation and test records that had more than 20 % of
+      their 13-grams in training, before they were dropped and after.
+  """
+
+  records: Mapping[str, Sequence[Record]]
+  steps: Mapping[str, Mapping[str, int]]
+  leaked: Mapping[str, tuple[float, float]]
+
+
+def build(
+    manifest: Manifest | None = None, environment: Environment | None = None
+) -> Corpus:
+  """Builds the corpus from the files that the manifest names.
+
+  Args:
+    manifest: the package's own by default.
+    environment: where to look; the running one by default.
+
+  Raises:
+    InputError: where a file is missing or differs, or where the records aren't
+      those that the manifest promises.
+  """
+  manifest = read_manifest() if manifest is None else manifest
+  environment = Environment() if environment is None else environment
+  corpus = clean(_extract_all(manifest.entries, environment))
+  found = fingerprint(corpus.records)
+  if found != manifest.fingerprint:
+    raise InputError(
+        "corpus fingerprint", found, f"{manifest.fingerprint}, from the manifest; "
+        "the files are the same, so the program that reads them has changed"
+    )
+  return corpus
+
+
+def make_manifest(
+    sources: Sequence[Source] = SOURCES, environment: Environment | None = None
+) -> Manifest:
+  """Makes a manifest of what is installed.
+
+  Args:
+    sources: all must be installed.
+    environment: where to look; the running one by default.
+
+  Raises:
+    InputError: where a distribution isn't installed.
+  """
+  environment = Environment() if environment is None else environment
+  entries, extracted = [], {split: [] for split in SPLITS}
+  for source in track(sources, "reading sources", console=_progress_console()):
+    if source.licence not in LICENCES:
+      raise InputError(
+          f"{source.distribution} licence", source.licence, f"one of {sorted(LICENCES)}"
+      )
+    version = environment.version(source.distribution)
+    if version is None:
+      raise InputError(
+          f"corpus distribution {source.distribution}", "not installed", "any version"
+      )
+    files = {}
+    for path, file in environment.files(source.distribution).items():
+      content = file.read_bytes()
+      if records := extract(source.distribution, path, content):
+        files[path] = hashlib.sha256(content).hexdigest()
+        extracted[source.split] += records
+    entries.append(Entry(**dataclasses.asdict(source), version=version, files=files))
+  records = clean(extracted).records
+  counts = {split: len(records[split]) for split in SPLITS}
+  return Manifest(tuple(entries), fingerprint(records), counts)
+
+
+def clean(extracted: Mapping[str, Sequence[Record]]) -> Corpus:
+  """Drops what would make a model's figures look better than they are.
+
+  Duplicates and common first lines are dropped over all splits together; of
+  equal docstrings training keeps its own. Packages are capped in training, and
+  validation and test lose what training has shown.
+
+  Args:
+    extracted: records of each split, in their order.
+  """
+  steps = {}
+
+  def note(step: str, records: Iterable[Record]) -> list[Record]:
+    records = list(records)
+    counts = Counter(split_of[record.key] for record in records)
+    steps[step] = {split: counts[split] for split in SPLITS}
+    return records
+
+  split_of = {record.key: split for split in SPLITS for record in extracted[split]}
+  records = note("extracted", (record for split in SPLITS for record in extracted[split]))
+  records = note("without duplicates", cleaning.drop_duplicates(records))
+  records = note("without common first lines", cleaning.drop_common_first_lines(records))
+  train = [record for record in records if split_of[record.key] == "train"]
+  others = [record for record in records if split_of[record.key] != "train"]
+  train = cleaning.cap_distributions(train)
+  note("capped", [*train, *others])
+  seen = cleaning.NgramSet(train)
+  kept, leaked = [], {}
+  for split in SPLITS[1:]:
+    rows = [record for record in others if split_of[record.key] == split]
+    left = [record for record in rows if seen.seen_share(record) <= cleaning.MAX_SEEN]
+    leaked[split] = (1 - len(left) / max(1, len(rows)), _leaked_share(left, seen))
+    kept += left
+  records = note("without leakage", [*train, *kept])
+  by_split = {
+      split: [record for record in records if split_of[record.key] == split] for split in SPLITS
+  }
+  return Corpus(by_split, steps, leaked)
+
+
+def fingerprint(records: Mapping[str, Iterable[Record]]) -> str:
+  """SHA-256 over every field of every record, in order."""
+  digest = hashlib.sha256()
+  for split in SPLITS:
+    for record in records[split]:
+      line = json.dumps([split, record.to_dict()], ensure_ascii=False, sort_keys=True)
+      digest.update(line.encode("utf-8") + b"\n")
+  return digest.hexdigest()
+
+
+def _leaked_share(records: Sequence[Record], seen: cleaning.NgramSet) -> float:
+  shares = [seen.seen_share(record) for record in records]
+  return sum(share > cleaning.MAX_SEEN for share in shares) / max(1, len(shares))
+
+
+def _extract_all(
+    entries: Sequence[Entry], environment: Environment
+) -> dict[str, list[Record]]:
+  extracted = {split: [] for split in SPLITS}
+  for entry in track(entries, "reading the corpus", console=_progress_console()):
+    for path, content in read_files(entry, environment):
+      extracted[entry.split] += extract(entry.distribution, path, content)
+  return extracted
+
+
+def _progress_console() -> Console:
+  return Console(stderr=True)
+
+
+def _print_statistics(corpus: Corpus) -> None:
+  console = Console()
+  table = Table("step", *SPLITS, title="records")
+  for step, counts in corpus.steps.items():
+    table.add_row(step, *(f"{counts[split]:,}" for split in SPLITS))
+  console.print(table)
+  for split, (before, after) in corpus.leaked.items():
+    console.print(
+        f"{split}: {before:.2%} of the records had over {cleaning.MAX_SEEN:.0%} of their "
+        f"{cleaning.NGRAM}-grams in training; of those that are left, {after:.2%}"
+    )
+  table = Table("split", "distribution", "records", "share", "docstring characters")
+  for split in SPLITS:
+    counts, sizes = Counter(), Counter()
+    for record in corpus.records[split]:
+      counts[record.distribution] += 1
+      sizes[record.distribution] += len(record.docstring)
+    for name, count in counts.most_common(12):
+      share = count / len(corpus.records[split])
+      table.add_row(split, name, f"{count:,}", f"{share:.1%}", f"{sizes[name]:,}")
+    table.add_row(split, "all", f"{counts.total():,}", "", f"{sizes.total():,}", end_section=True)
+  console.print(table)
+
+
+def main(argv: Sequence[str]) -> None:
+  """Runs a command; see `--help`."""
+  parser = argparse.ArgumentParser(
+      prog="python -m bpd_jax.data.docstrings", description=__doc__.splitlines()[0]
+  )
+  commands = parser.add_subparsers(dest="command", required=True)
+  commands.add_parser("check", help="compare files and records with the manifest")
+  commands.add_parser("statistics", help="count what each step of the cleaning leaves")
+  write = commands.add_parser("manifest", help="write the manifest of what is installed")
+  write.add_argument("--to", default=str(MANIFEST_FILE), metavar="FILE")
+  args = parser.parse_args(argv)
+  if args.command == "manifest":
+    manifest = make_manifest()
+    write_manifest(args.to, manifest)
+    files = sum(len(entry.files) for entry in manifest.entries)
+    print(f"{args.to}: {len(manifest.entries)} distributions, {files:,} files, "
+          f"fingerprint {manifest.fingerprint}")
+  elif args.command == "check":
+    corpus = build()
+    counts = ", ".join(f"{len(corpus.records[split]):,} {split}" for split in SPLITS)
+    print(f"the corpus is as the manifest has it: {counts}")
+  else:
+    _print_statistics(build())
+
+
+if __name__ == "__main__":
+  run(main)
