@@ -1,0 +1,141 @@
+"""Breaks the code in known ways, one at a time, and shows which test notices.
+
+  make mutate
+
+Each mutation replaces one text that stands exactly once, in a copy of the
+package, and runs the tests that ought to fail. A mutation that survives, or no
+longer applies, ends the command with status 1.
+"""
+
+import dataclasses
+import os
+from pathlib import Path
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutation:
+  """One way to be wrong: `old` becomes `new` in `file`; `tests` should notice."""
+
+  name: str
+  file: str
+  old: str
+  new: str
+  tests: tuple[str, ...]
+
+
+LOOP = ("tests/test_accept.py", "tests/test_loop.py")
+MODEL = ("tests/test_exactness.py", "-k", "float64")
+MUTATIONS = (
+    Mutation("depth bias off by one", "model/decoder.py",
+             "position = lengths[:, None] + depth", "position = lengths[:, None] + depth + 1",
+             MODEL),
+    Mutation("accept index + 1", "decoding/accept.py",
+             "num_tokens=num_accepted + jnp.where(ends, 0, 1)",
+             "num_tokens=num_accepted + jnp.where(ends, 1, 2)", LOOP),
+    Mutation("accept index - 1", "decoding/accept.py",
+             "path = trees.path_to(tree, last)",
+             "last = jnp.maximum(last - 1, 0)\n  path = trees.path_to(tree, last)", LOOP),
+    Mutation("no slack in the buffer", "decoding/cache.py",
+             "return max_length + max_depth + 1", "return max_length", LOOP),
+    Mutation("child of an accepted EOS accepted", "decoding/accept.py",
+             " & ~trees.parent_values(tree, is_eos)", "", LOOP),
+    Mutation("invalid node accepted", "decoding/accept.py",
+             "passes = is_root | (passes & tree.is_valid)", "passes = is_root | passes", LOOP),
+    Mutation("probe visible to a real node", "model/probes.py",
+             "unseen = jnp.zeros(", "unseen = jnp.ones(", ("tests/test_probes.py",)),
+    Mutation("heads fed from the last column", "decoding/accept.py",
+             "hidden=trees.gather_nodes(verified.hidden, last[:, None])[:, 0]",
+             "hidden=verified.hidden[:, -1]", LOOP),
+    Mutation("last of equally deep nodes wins", "decoding/accept.py",
+             "last = jnp.argmax(reached, axis=-1)",
+             "last = num_nodes - 1 - jnp.argmax(reached[:, ::-1], axis=-1)", LOOP),
+    Mutation("finished row goes on", "decoding/loop.py",
+             "budget = jnp.where(state.is_done, 0, state.limits - state.num_tokens)",
+             "budget = state.limits - state.num_tokens", LOOP),
+    Mutation("call of a finished row counted", "decoding/loop.py",
+             "num_calls=state.num_calls + ~state.is_done", "num_calls=state.num_calls + 1", LOOP),
+    Mutation("cache grows by every node", "decoding/cache.py",
+             "lengths=cache.lengths + step.num_tokens",
+             "lengths=cache.lengths + step.path.shape[1]", LOOP),
+    Mutation("keys of the nodes in tree order", "decoding/cache.py",
+             "path = step.path[:, None, :, None]",
+             "path = (0 * step.path + jnp.arange(step.path.shape[1]))[:, None, :, None]", LOOP),
+    Mutation("uncommitted slots visible", "model/decoder.py",
+             "(slot < lengths[:, None])", "(slot <= lengths[:, None])", MODEL),
+    Mutation("padding of the input visible", "model/decoder.py",
+             "encoder_mask[:, None, None, :]", "jnp.ones_like(encoder_mask)[:, None, None, :]",
+             MODEL),
+    Mutation("write doesn't wait for the call", "decoding/cache.py",
+             "starts = jnp.where(step.tokens[:, 0] >= 0, cache.lengths, 0)",
+             "starts = cache.lengths", ("tests/test_compiled.py", "-k", "copies")),
+)
+
+
+def run_tests(copy: Path, tests: tuple[str, ...]) -> tuple[bool, str]:
+  """Runs tests on a copy: whether they pass, and what failed first."""
+  environment = os.environ | {"PYTHONPATH": str(copy), "JAX_PLATFORMS": "cpu"}
+  where = "import bpd_jax; print(bpd_jax.__file__)"
+  found = subprocess.run(
+      [sys.executable, "-c", where], cwd=copy, env=environment, capture_output=True, text=True,
+      check=True,
+  )
+  assert Path(found.stdout.strip()).is_relative_to(copy), found.stdout
+  done = subprocess.run(
+      [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests],
+      cwd=copy, env=environment, capture_output=True, text=True, check=False,
+  )
+  failed = re.search(r"^(?:FAILED|ERROR) \S+?::(\S+)", done.stdout, re.MULTILINE)
+  if done.returncode and not failed:
+    raise SystemExit(f"error: pytest {' '.join(tests)} ended otherwise:\n{done.stdout[-2000:]}")
+  return done.returncode == 0, failed.group(1) if failed else ""
+
+
+def main() -> int:
+  """Runs all mutations; the exit status."""
+  table = Table("mutation", "file", "noticed by", "seconds")
+  survived = 0
+  with tempfile.TemporaryDirectory() as folder:
+    copy = Path(folder).resolve()
+    for name in ("bpd_jax", "tests", "gin"):
+      shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pytest.ini", copy)
+    for tests in sorted({mutation.tests for mutation in MUTATIONS}):
+      passes, failed = run_tests(copy, tests)
+      if not passes:
+        print(f"error: {failed} fails without any mutation", file=sys.stderr)
+        return 1
+    for mutation in track(MUTATIONS, description="mutate"):
+      path = copy / "bpd_jax" / mutation.file
+      text = path.read_text()
+      if text.count(mutation.old) != 1:
+        table.add_row(mutation.name, mutation.file, "[red]no longer applies", "")
+        survived += 1
+        continue
+      path.write_text(text.replace(mutation.old, mutation.new))
+      began = time.perf_counter()
+      passes, failed = run_tests(copy, mutation.tests)
+      path.write_text(text)
+      survived += passes
+      noticed = "[red]nothing: it survives" if passes else failed.replace("[", r"\[")
+      table.add_row(mutation.name, mutation.file, noticed, f"{time.perf_counter() - began:.0f}")
+  console = Console()
+  console.width = max(console.width, 130)
+  console.print(table)
+  console.print(f"{len(MUTATIONS) - survived} of {len(MUTATIONS)} mutations noticed")
+  return 1 if survived else 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())
