@@ -138,8 +138,8 @@ def attend(queries: Array, segments, accum_dtype, drop: Callable[[Array], Array]
   """
   scores = []
   for keys, _, bias in segments:
-    score = jnp.einsum("bqhd,bhkd->bhqk", queries, keys, preferred_element_type=accum_dtype)
-    scores.append(score + bias)
+    score = jnp.einsum("bhkd,bqhd->bhkq", keys, queries, preferred_element_type=accum_dtype)
+    scores.append(score.swapaxes(2, 3) + bias)
   weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1)
   weights = drop(weights.astype(queries.dtype))
   out, start = 0, 0
@@ -182,8 +182,8 @@ class Attention(nn.Module):
     shape, names = (config.d_model, joined), ("embed", "joined_kv")
     if self.is_view and not self.is_cross:
       self.query_key_value = self.param(
-          "query_key_value", nn.with_partitioning(plain, ("fused", *names[::-1])),
-          (3, *shape[::-1]), config.param_dtype,
+          "query_key_value", nn.with_partitioning(plain, names[::-1]),
+          (3 * joined, config.d_model), config.param_dtype,
       )
     else:
       self.query = kernel("query", scaled, shape, names)
@@ -213,8 +213,12 @@ class Attention(nn.Module):
     if not self.is_view:
       return (self.queries(x), *self.keys_values(x))
     kernel = self.query_key_value.astype(self.config.dtype)
-    fused = jnp.einsum("bnd,cjd->bncj", x, kernel)
-    queries, keys, values = (self._split_heads(fused[:, :, i]) for i in range(3))
+    fused = project(x, kernel, is_view=True)
+    fused = fused.reshape(x.shape[:2] + (self.config.num_heads, 3, self.config.d_kv))
+    queries, keys, values = (
+        self.partitioning.constrain(fused[..., i, :], ("batch", "length", "heads", "kv"))
+        for i in range(3)
+    )
     return queries, keys.swapaxes(1, 2), values.swapaxes(1, 2)
 
   def queries(self, x: Array) -> Array:
@@ -251,11 +255,9 @@ class FeedForward(nn.Module):
 
     shape, names = (config.d_model, config.d_ff), ("embed", "mlp")
     if config.is_gated and self.is_view:
-      fused = jnp.einsum(
-          "bnd,cfd->bncf", x,
-          kernel("wi", (*shape, 2), (*names, "fused")),
-      )
-      hidden = act(fused[:, :, 0]) * fused[:, :, 1]
+      fused = project(x, kernel("wi", (config.d_model, 2 * config.d_ff), names), is_view=True)
+      fused = fused.reshape(x.shape[:2] + (config.d_ff, 2))
+      hidden = act(fused[..., 0]) * fused[..., 1]
     elif config.is_gated:
       hidden = act(x @ kernel("wi_0", shape, names)) * (x @ kernel("wi_1", shape, names))
     else:

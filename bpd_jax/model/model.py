@@ -177,11 +177,14 @@ def decode_view(config: ModelConfig, params: Any) -> Any:
     own, cross, mlp = (
         layer[name] for name in ("self_attention", "encoder_decoder_attention", "mlp")
     )
-    fused = jnp.stack([turn(own[name]) for name in ("query", "key", "value")])
+    by_head = (config.num_heads, config.d_kv, config.d_model)
+    fused = [turn(own[name]).reshape(by_head) for name in ("query", "key", "value")]
+    fused = jnp.stack(fused, axis=1).reshape(-1, config.d_model)
     own = {"query_key_value": fused, "out": turn(own["out"])}
     cross = {**cross, "query": turn(cross["query"]), "out": turn(cross["out"])}
     if config.is_gated:
-      mlp = {"wi": jnp.stack([turn(mlp["wi_0"]), turn(mlp["wi_1"])]), "wo": turn(mlp["wo"])}
+      fused = jnp.stack([turn(mlp["wi_0"]), turn(mlp["wi_1"])], axis=1)
+      mlp = {"wi": fused.reshape(-1, config.d_model), "wo": turn(mlp["wo"])}
     else:
       mlp = jax.tree.map(turn, mlp)
     decoder[f"layers_{i}"] = {
