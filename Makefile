@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: install run test test-slow mutate lint benchmark clean
+.PHONY: install run test test-slow mutate lint clean
 
 install: .venv/installed
 
@@ -31,9 +31,6 @@ mutate: install
 
 lint: install
 	$(BIN)/ruff check .
-
-benchmark: install
-	$(BIN)/python -m bpd_jax.benchmark decode
 
 clean:
 	rm -rf .venv build dist *.egg-info

@@ -1,0 +1,104 @@
+"""The generator: bad input before anything compiles, and rows that come back in order."""
+
+import jax
+import numpy as np
+import pytest
+
+from bpd_jax.errors import InputError
+from bpd_jax.generation import Generator
+from bpd_jax.model.config import ModelConfig
+from bpd_jax.model.model import init_params
+from bpd_jax.partitioning import make_partitioning, single_device
+
+CONFIG = ModelConfig(
+    vocab_size=64, d_model=16, d_ff=32, d_kv=8, num_heads=2, num_encoder_layers=2,
+    num_decoder_layers=2, block_size=4, head_d_ff=24, accum_dtype="float64",
+).with_dtype("float64")
+PROMPTS = [[5, 6, 7, 1], [9], list(range(2, 40)), [30, 31, 1], [8, 8]]
+
+
+@pytest.fixture(scope="module")
+def model():
+  with jax.enable_x64(True):
+    params = jax.device_get(init_params(CONFIG, single_device(), jax.random.key(2)))
+    w2 = params["heads"]["w2"]
+    params["heads"]["w2"] = np.random.default_rng(0).standard_normal(w2.shape) / 4
+    yield Generator(CONFIG, params)
+
+
+@pytest.mark.parametrize(
+    "prompts, options, message",
+    [
+        ([], {}, "prompts = []: allowed is a non-empty list"),
+        ("text", {}, "prompts = 'text': allowed is a non-empty list"),
+        ([[5], []], {}, r"prompts[1] = []: allowed is at least one token"),
+        ([[5], [64]], {}, "prompts[1] token = 64: allowed is 0 … 63"),
+        ([[-1]], {}, "prompts[0] token = -1"),
+        (["text"], {}, "prompts[0] = 'text': allowed is token ids, as the model has no"),
+        ([[5] * 33], {"buckets": (16, 32)}, "prompts[0] length = 33: allowed is 1 … 32"),
+        ([[5]], {"method": "beam"}, "method = 'beam': allowed is one of ('greedy'"),
+        ([[5]], {"block_size": 5}, "block_size = 5: allowed is 1 … 4, the model's heads"),
+        ([[5]], {"block_size": 0}, "block_size = 0: allowed is a positive integer"),
+        ([[5]], {"verify_width": 5}, "verify_width = 5: allowed is 1 … 4"),
+        ([[5]], {"verify_width": 0}, "verify_width = 0"),
+        ([[5]], {"max_length": 0}, "max_length = 0: allowed is a positive integer"),
+        ([[5]], {"batch_size": 0}, "batch_size = 0"),
+        ([[5]], {"limits": [1, 2]}, "limits = '2 numbers': allowed is 1, one a prompt"),
+        ([[5]], {"limits": [9], "max_length": 8}, "limits[0] = 9: allowed is 1 … 8"),
+        ([[5]], {"limits": [0]}, "limits[0] = 0"),
+        ([[5]], {"references": [[5]]}, "references = 'given'"),
+        ([[5]], {"method": "reference"}, "references = None: allowed is one list of ids"),
+        ([[5]], {"method": "reference", "references": [[5], [6]]}, "references = '2 lists'"),
+    ],
+)
+def test_bad_input_is_named_before_anything_compiles(prompts, options, message):
+  fresh = Generator(CONFIG, params=None)
+  with pytest.raises(InputError) as caught:
+    fresh.generate(prompts, **options)
+  assert message in str(caught.value)
+  assert fresh.num_compilations == 0
+
+
+@pytest.mark.parametrize(
+    "sizes, message",
+    [
+        ({"data": 3, "fsdp": 1, "model": 1}, "mesh = (3, 1, 1): allowed is sizes whose product"),
+        ({"data": -1, "fsdp": -1}, "mesh = (-1, -1, 1): allowed is at most one -1"),
+        ({"model": 0}, "mesh.model = 0: allowed is -1 or a positive integer"),
+    ],
+)
+def test_mesh_that_does_not_divide_the_devices(sizes, message):
+  with pytest.raises(InputError) as caught:
+    make_partitioning(**sizes)
+  assert message in str(caught.value)
+
+
+def test_rows_come_back_in_order_whatever_the_batch(model):
+  with jax.enable_x64(True):
+    alone = [model.generate([prompt], max_length=11, batch_size=1) for prompt in PROMPTS]
+    for batch_size in (2, 5, 8):
+      together = model.generate(PROMPTS, max_length=11, batch_size=batch_size)
+      for row, one in enumerate(alone):
+        assert together.tokens[row].tolist() == one.tokens[0].tolist()
+        assert together.calls[row] == one.calls[0]
+        assert together.traces[row] == one.traces[0]
+      assert len(together.seconds) == len(together.is_warm) == -(-5 // batch_size)
+    assert model.generate(PROMPTS, max_length=11, batch_size=8).is_warm == [True]
+
+
+def test_traces_add_up_to_the_tokens(model):
+  limits = [11, 1, 5, 11, 3]
+  with jax.enable_x64(True):
+    found = model.generate(PROMPTS, max_length=11, batch_size=8, limits=limits)
+    greedy = model.generate(PROMPTS, "greedy", max_length=11, batch_size=8)
+  for tokens, calls, trace, limit, base in zip(
+      found.tokens, found.calls, found.traces, limits, greedy.tokens
+  ):
+    assert [t for call in trace for t in call.emitted] == tokens.tolist()
+    assert len(trace) == calls and tokens.tolist() == base[:limit].tolist()
+    assert trace[0].draft == [] and all(len(call.draft) == 3 for call in trace[1:])
+    for call in trace:
+      assert call.emitted[: call.num_accepted] == call.draft[: call.num_accepted]
+      assert len(call.emitted) - call.num_accepted in (0, 1)
+  assert found.block_efficiency == sum(map(len, found.tokens)) / sum(found.calls)
+  assert greedy.block_efficiency == 1.0 and found.texts is None

@@ -1,0 +1,102 @@
+"""Gin files and the command line that reads them."""
+
+from pathlib import Path
+
+import gin
+import jax
+import pytest
+
+from bpd_jax import launch
+from bpd_jax.errors import InputError
+from bpd_jax.launch import read_gin, read_gin_files
+from bpd_jax.model.model import abstract_params
+from bpd_jax.partitioning import single_device
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = str(ROOT / "gin/models/tiny.gin")
+# T5 1.1's published totals, in millions; the paper's with its heads.
+SIZES = {
+    "tiny": 0.3287, "small": 77.0, "base": 247.6, "large": 783.2, "xl": 2849.8, "xxl": 11135.3,
+    "paper_1_5b": 1499.3,
+}
+
+
+@pytest.fixture(autouse=True)
+def clear():
+  yield
+  gin.clear_config()
+
+
+def test_every_model_file_is_known():
+  assert {path.stem for path in (ROOT / "gin/models").glob("*.gin")} == set(SIZES)
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_model_file_has_its_size(name):
+  read_gin_files([str(ROOT / f"gin/models/{name}.gin")])
+  config = gin.get_configurable("ModelConfig")()
+  count = sum(leaf.size for leaf in jax.tree.leaves(abstract_params(config, single_device())))
+  assert count / 1e6 == pytest.approx(SIZES[name], rel=2e-3)
+
+
+def test_bindings_come_after_files():
+  read_gin(
+      [f"--gin_file={TINY}", "--gin.BLOCK_SIZE=5", "--gin.ModelConfig.d_ff=32"], "program", "does"
+  )
+  config = gin.get_configurable("ModelConfig")()
+  assert (config.block_size, config.d_ff, config.d_model) == (5, 32, 64)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--gin.BLOCKS=3"], "gin macro BLOCKS = '3': allowed is one of ['BLOCK_SIZE', 'VOCAB"),
+        (["--gin.ModelConfig.width=3"], "doesn't have a parameter named 'width'"),
+        (["--gin.Model.d_ff=3"], "No configurable matching 'Model'"),
+        (["--gin.BLOCK_SIZE=three words"], "gin = 'BLOCK_SIZE = three words': allowed is what gin"),
+        (["--gin.BLOCK_SIZE=%gin.REQUIRED"], "gin macro BLOCK_SIZE = 'required': allowed is a"),
+        (["--gin_file=absent.gin"], "gin_file = 'absent.gin': allowed is a file that exists"),
+        (["--block_size=3"], "option = '--block_size=3': allowed is [--gin_file=FILE …]"),
+        (["--gin.=3"], "option = '--gin.=3'"),
+    ],
+)
+def test_bad_command_line_is_one_line_and_status_2(options, message, capsys):
+  main = lambda argv: read_gin(argv, "program", "does")
+  with pytest.raises(SystemExit) as ended:
+    launch.run(main, [f"--gin_file={TINY}", *options])
+  assert ended.value.code == 2
+  out, err = capsys.readouterr()
+  assert out == "" and len(err.splitlines()) == 1
+  assert err.startswith("error: ") and message in err
+
+
+def test_bad_value_of_a_config_names_the_field(capsys):
+  def main(argv):
+    read_gin(argv, "program", "does")
+    gin.get_configurable("ModelConfig")()
+
+  with pytest.raises(SystemExit) as ended:
+    launch.run(main, [f"--gin_file={TINY}", "--gin.BLOCK_SIZE=0"])
+  assert ended.value.code == 2
+  assert "ModelConfig.block_size = 0: allowed is a positive integer" in capsys.readouterr().err
+
+
+def test_help_lists_macros_with_values(capsys):
+  with pytest.raises(SystemExit) as ended:
+    read_gin([f"--gin_file={TINY}", "--gin.BLOCK_SIZE=%gin.REQUIRED", "--help"], "program", "does")
+  assert ended.value.code == 0
+  lines = capsys.readouterr().out.splitlines()
+  assert "  BLOCK_SIZE  (required)" in lines and "  VOCAB_SIZE  1024" in lines
+
+
+def test_file_that_is_not_gin(tmp_path):
+  (tmp_path / "bad.gin").write_text("ModelConfig.d_ff = = 3\n")
+  with pytest.raises(InputError, match=r"gin = '.*bad\.gin': allowed is what gin understands"):
+    read_gin_files([str(tmp_path / "bad.gin")])
+
+
+def test_status_of_main_is_the_exit_status():
+  for status in (None, 0, 3):
+    with pytest.raises(SystemExit) as ended:
+      launch.run(lambda argv, status=status: status, [])
+    assert (ended.value.code or 0) == (status or 0)

@@ -1,0 +1,192 @@
+"""The model: causal, blind to padding, and the same however it is called."""
+
+import json
+from pathlib import Path
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bpd_jax.decoding import tree as trees
+from bpd_jax.decoding.types import Tree
+from bpd_jax.errors import InputError
+from bpd_jax.model.config import ModelConfig
+from bpd_jax.model.model import decode_view, EncoderDecoder, init_boxed, init_params
+from bpd_jax.partitioning import single_device
+
+PLACE = single_device()
+T5_1_1 = ModelConfig(
+    vocab_size=40, d_model=16, d_ff=24, d_kv=8, num_heads=2, num_encoder_layers=2,
+    num_decoder_layers=3, block_size=3, head_d_ff=12, relpos_buckets=8, relpos_max_distance=20,
+)
+CONFIGS = {
+    "t5_1_1": T5_1_1,
+    "t5": T5_1_1.replace(activation="relu", is_gated=False, is_tied=True),
+}
+GOLDEN = Path(__file__).parent / "testdata" / "parameters.json"
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def setup(request):
+  """A float64 config, its model and parameters of which none is at a special value."""
+  with jax.enable_x64(True):
+    config = CONFIGS[request.param].with_dtype("float64")
+    rng = np.random.default_rng(1)
+    params = init_params(config, PLACE, jax.random.key(0))
+    params = jax.tree.map(lambda leaf: leaf + 0.2 * rng.standard_normal(leaf.shape), params)
+    yield config, EncoderDecoder(config, PLACE), params
+
+
+@pytest.fixture(scope="module")
+def rows():
+  rng = np.random.default_rng(2)
+  mask = np.arange(7) < np.array([[7], [3]])
+  return rng.integers(2, 40, [2, 7]), mask, rng.integers(2, 40, [2, 10])
+
+
+def test_decoder_is_causal_by_gradient(setup, rows):
+  config, model, params = setup
+  tokens, mask, targets = rows
+  variables = {"params": params}
+  encoded = model.apply(variables, tokens, mask, method="encode")
+
+  def state(embedded, at):
+    run = lambda self, x: self.decoder(x, encoded, mask)
+    return model.apply(variables, embedded, method=run)[:, at].sum()
+
+  embedded = model.apply(variables, targets, method="embed")
+  for at in (0, 4, 9):
+    pull = np.abs(jax.grad(state)(embedded, at)).sum(-1) > 0
+    assert (pull == (np.arange(10) <= at)).all()
+
+
+def test_padding_of_the_input_does_not_leak(setup, rows):
+  _, model, params = setup
+  tokens, mask, targets = rows
+  variables = {"params": params}
+  expected = model.apply(variables, tokens, mask, targets)
+  changed = np.where(mask, tokens, 39 - tokens)
+  np.testing.assert_array_equal(model.apply(variables, changed, mask, targets), expected)
+  short = model.apply(variables, tokens[1:, :3], mask[1:, :3], targets[1:])
+  np.testing.assert_allclose(short[0], expected[1], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("splits", [[[1] * 10, [1] * 10], [[3, 4, 3], [1, 5, 4]], [[10], [10]]])
+def test_blocks_over_the_cache_are_the_whole_pass(setup, rows, splits):
+  config, model, params = setup
+  tokens, mask, targets = rows
+  expected = model.apply(
+      {"params": params}, model.apply({"params": params}, tokens, mask, method="encode"), mask,
+      targets, method="decode",
+  )
+  view = {"params": decode_view(config, params)}
+  reader = EncoderDecoder(config, PLACE, is_view=True)
+  encoded = reader.apply(view, tokens, mask, method="encode")
+  cross = reader.apply(view, encoded, method="cross_keys_values")
+  cache = np.zeros([config.num_decoder_layers, 2, 2, 2, 14, 8])  # layer, K or V, batch, heads
+  lengths = np.zeros([2], np.int32)
+  for sizes in zip(*splits):
+    width = max(sizes)
+    step = np.arange(width, dtype=np.int32)
+    tree = Tree(None, step, step - 1, None, width - 1)
+    at = np.minimum(lengths[:, None] + step, 9)
+    hidden, keys, values, _ = reader.apply(
+        view, np.take_along_axis(targets, at, 1), step[None], trees.ancestors(tree)[None],
+        [(jnp.asarray(k), jnp.asarray(v)) for k, v in cache], jnp.asarray(lengths), cross, mask,
+        method="decode_block",
+    )
+    for row, size in enumerate(sizes):
+      start, end = lengths[row], lengths[row] + size
+      np.testing.assert_allclose(
+          hidden[row, :size], expected[row, start:end], rtol=0, atol=1e-10
+      )
+      for layer in range(config.num_decoder_layers):
+        cache[layer, 0, row, :, start:end] = keys[layer][row, :, :size]
+        cache[layer, 1, row, :, start:end] = values[layer][row, :, :size]
+      lengths[row] = end
+  assert lengths.tolist() == [10, 10]
+
+
+def test_heads_are_their_formula_then_the_base_projection(setup):
+  config, model, params = setup
+  hidden = np.random.default_rng(3).standard_normal([4, 16])
+  heads = params["heads"]
+  act = nn.relu if config.activation == "relu" else nn.gelu
+  found = model.apply({"params": params}, hidden, method="head_logits")
+  for i in range(2):
+    state = hidden + act(hidden @ heads["w1"][i]) @ heads["w2"][i]
+    kernel = params["embedding"].T * 16**-0.5 if config.is_tied else params["logits_kernel"]
+    np.testing.assert_allclose(found[:, i], state @ kernel, rtol=0, atol=1e-10)
+  first = model.apply({"params": params}, hidden, 1, method="head_logits")
+  np.testing.assert_allclose(first, found[:, :1], rtol=0, atol=1e-12)
+
+
+def test_fresh_heads_repeat_head_1():
+  params = init_params(T5_1_1, PLACE, jax.random.key(0))
+  model = EncoderDecoder(T5_1_1, PLACE)
+  hidden = np.random.default_rng(3).standard_normal([4, 16]).astype(np.float32)
+  base = model.apply({"params": params}, hidden, method="logits")
+  heads = model.apply({"params": params}, hidden, method="head_logits")
+  np.testing.assert_array_equal(heads, np.repeat(np.asarray(base)[:, None], 2, axis=1))
+
+
+def test_bfloat16_keeps_float32_logits(rows):
+  config = T5_1_1.replace(dtype="bfloat16")
+  params = init_params(config, PLACE, jax.random.key(0))
+  assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+  model = EncoderDecoder(config, PLACE)
+  tokens, mask, targets = rows
+  # One program each: a CPU has no product of bfloat16 that gives float32 by itself.
+  logits = jax.jit(model.apply)({"params": params}, tokens, mask, targets)
+  assert logits.dtype == jnp.float32
+  encode = jax.jit(lambda *inputs: model.apply(*inputs, method="encode"))
+  encoded = encode({"params": params}, tokens, mask)
+  assert encoded.dtype == jnp.bfloat16
+  exact = EncoderDecoder(T5_1_1, PLACE).apply({"params": params}, tokens, mask, targets)
+  assert 0 < np.abs(logits - exact).max() < 0.1
+
+
+def parameter_table(config):
+  """name -> [shape, dtype, logical axes]."""
+  boxed = jax.eval_shape(lambda: init_boxed(config, PLACE, jax.random.key(0)))
+  leaves = jax.tree_util.tree_leaves_with_path(
+      boxed, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned)
+  )
+  return {
+      "/".join(key.key for key in path): [
+          list(leaf.value.shape), str(leaf.value.dtype), list(leaf.names)
+      ]
+      for path, leaf in leaves
+  }
+
+
+def test_parameters_are_those_of_the_golden_file():
+  """A change here breaks every checkpoint on disk. To accept one on purpose:
+
+  PYTHONPATH=tests python -c "import test_model; test_model.write_golden()"
+  """
+  golden = json.loads(GOLDEN.read_text())
+  assert {name: parameter_table(config) for name, config in CONFIGS.items()} == golden
+
+
+def write_golden():
+  tables = {name: parameter_table(config) for name, config in CONFIGS.items()}
+  models = [
+      f'"{model}": {{\n' + ",\n".join(f'"{k}": {json.dumps(v)}' for k, v in table.items()) + "\n}"
+      for model, table in tables.items()
+  ]
+  GOLDEN.parent.mkdir(exist_ok=True)
+  GOLDEN.write_text("{\n" + ",\n".join(models) + "\n}\n")
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [("d_model", 0), ("num_heads", 2.0), ("block_size", True), ("activation", "tanh"),
+     ("relpos_buckets", 6), ("relpos_max_distance", 4), ("dropout_rate", 1.0), ("eos_id", 40),
+     ("dtype", "int8")],
+)
+def test_config_names_the_field_that_is_wrong(field, value):
+  with pytest.raises(InputError, match=rf"ModelConfig\.{field} = .*: allowed is"):
+    T5_1_1.replace(**{field: value})
