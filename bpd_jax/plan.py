@@ -1,0 +1,530 @@
+"""What decoding and training need of TPUs, found on a machine that has none.
+
+  python -m bpd_jax.plan --gin_file=gin/models/base.gin --gin.BLOCK_SIZE=8
+  python -m bpd_jax.plan --gin_file=gin/models/xl.gin --gin.BLOCK_SIZE=8 \\
+      --gin.plan.topology="'v5e:8x16'" --gin.plan.batch_size=64
+
+The TPU's own compiler compiles the greedy loop, the blockwise loop and a
+forward-backward pass for a topology and says what memory and which collectives
+they take. Times are not the compiler's: a decoder call's come from its
+arithmetic and its traffic against the chip's published peaks.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+import functools
+import math
+import os
+import re
+import time
+from typing import Any
+
+import gin
+import jax
+import jax.numpy as jnp
+import optax
+from rich.console import Console
+from rich.table import Table
+
+from bpd_jax.decoding.cache import cache_length
+from bpd_jax.errors import InputError
+from bpd_jax.generation import decode_batch, DecodeSettings, prefill, start_state
+from bpd_jax.launch import read_gin, run
+from bpd_jax.model.config import ModelConfig
+from bpd_jax.model.model import abstract_params, decode_view, EncoderDecoder
+from bpd_jax.partitioning import make_partitioning, Partitioning
+
+# libtpu reads these when it is loaded. They keep it from looking for TPUs, and
+# let several processes on a machine compile at once.
+LIBTPU_ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """Published peaks of one chip, https://cloud.google.com/tpu/docs.
+
+  Attributes:
+    flops: bfloat16 operations a second.
+    bandwidth: bytes a second between the chip and its memory.
+    memory: bytes.
+    options: what libtpu needs so that one device is one chip.
+  """
+
+  flops: float
+  bandwidth: float
+  memory: float
+  options: tuple[tuple[str, str], ...] = ()
+
+
+CHIPS = {
+    "v4": Chip(275e12, 1200e9, 32e9, (("chip_config_name", "megacore"),)),
+    "v5e": Chip(197e12, 819e9, 16e9),
+    "v5p": Chip(459e12, 2765e9, 95e9),
+    "v6e": Chip(918e12, 1638e9, 32e9),
+}
+
+COLLECTIVES = (
+    "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute",
+    "collective-broadcast", "ragged-all-to-all",
+)
+_COLLECTIVE = re.compile(rf"= (.*?) ({'|'.join(COLLECTIVES)})(?:-start)?\(.*?channel_id=(\d+)")
+# "bf16[4,8]": bits of an element, none for "pred", and the dimensions.
+_ARRAY = re.compile(r"\b[a-z]+(\d*)\w*\[([\d,]*)\]")
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """One compiled program; bytes are of one device.
+
+  Attributes:
+    name: "greedy", "blockwise" or "forward-backward".
+    seconds: wall time of lowering and compiling.
+    arguments: bytes of the arguments as they lie in memory, padding included.
+    outputs: bytes of the outputs that don't take a donated argument's place.
+    temporaries: bytes of everything in between.
+    code: bytes of the program.
+    collectives: by kind, how many and the bytes of their results. What is in a
+      loop counts once: a decode loop's are those of one call, a stack's in
+      training those of one layer.
+    compiled: jax's own object, for its HLO.
+  """
+
+  name: str
+  seconds: float
+  arguments: int
+  outputs: int
+  temporaries: int
+  code: int
+  collectives: dict[str, tuple[int, int]]
+  compiled: Any = dataclasses.field(repr=False)
+
+  @property
+  def memory(self) -> int:
+    """Bytes in all."""
+    return self.arguments + self.outputs + self.temporaries + self.code
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+  """The work of one decoder call on one device, and its time at the peaks.
+
+  Attributes:
+    flops: operations, a multiply-add being two.
+    bytes: read from memory or written to it.
+    seconds: the longer of the two at the chip's peaks.
+  """
+
+  flops: int
+  bytes: int
+  seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """What `plan` found.
+
+  Attributes:
+    chip: of the topology.
+    partitioning: the mesh of the topology's devices.
+    programs: what was compiled, by name.
+    calls: by ("mesh" or "chip", batch size, nodes).
+  """
+
+  chip: Chip
+  partitioning: Partitioning
+  programs: dict[str, Program]
+  calls: dict[tuple[str, int, int], Call]
+
+
+def topology_devices(topology: str) -> tuple[Chip, Sequence[Any]]:
+  """The chip and the devices of a topology such as "v5e:4x4".
+
+  Raises:
+    InputError: for a chip that isn't in `CHIPS`, or a shape that libtpu refuses.
+  """
+  from jax.experimental import topologies
+
+  name, _, shape = topology.partition(":")
+  if name not in CHIPS:
+    raise InputError(
+        "topology", topology, f"a chip of {list(CHIPS)}, a colon and a shape, as in 'v5e:4x4'"
+    )
+  for variable, value in LIBTPU_ENVIRONMENT.items():
+    os.environ.setdefault(variable, value)
+  try:
+    description = topologies.get_topology_desc(
+        platform="tpu", topology_name=topology, **dict(CHIPS[name].options)
+    )
+  except jax.errors.JaxRuntimeError as error:
+    raise InputError("topology", topology, f"what libtpu knows ({error})") from error
+  return CHIPS[name], description.devices
+
+
+def check_model(config: ModelConfig, partitioning: Partitioning) -> None:
+  """Raises InputError where a size of the model doesn't divide over its mesh axis."""
+  sizes = {
+      "vocab_size": "vocab", "d_model": "embed", "d_ff": "mlp", "num_heads": "heads",
+      "head_d_ff": "mlp",
+  }
+  for field, name in sizes.items():
+    axis = partitioning.spec((name,))[0]
+    split = partitioning.mesh.shape[axis] if axis else 1
+    if getattr(config, field) % split:
+      raise InputError(
+          f"ModelConfig.{field}", getattr(config, field),
+          f"a multiple of {split}, the mesh axis {axis!r}",
+      )
+
+
+def call_cost(
+    config: ModelConfig, nodes: int, rows: int, output_length: int, input_length: int,
+    split: int = 1,
+) -> tuple[int, int]:
+  """Operations and bytes of one decoder call, the heads that draft included.
+
+  Counted are matrix products; the weights, read once (the output projection
+  twice where heads draft, before and after the decoder); the whole buffers of
+  the cache and of the encoder's keys and values, and the nodes' own, written.
+  Activations and logits are taken to stay on the chip.
+
+  Args:
+    config: of the model; `dtype` is that of weights, cache and products.
+    nodes: of the call; the first h - 1 heads after the base model draft for it,
+      or as many as a chain of `nodes` has use for.
+    rows: of the batch, on this device.
+    output_length: most tokens of a row, which sizes the cache.
+    input_length: of the encoder.
+    split: devices that share the heads, the feed-forward layers and the
+      vocabulary.
+  """
+  heads = min(nodes, config.block_size) - 1
+  joined = config.num_heads * config.d_kv
+  slots = cache_length(output_length, heads)
+  layer = (6 * joined + (2 + config.is_gated) * config.d_ff) * config.d_model
+  layers = config.num_decoder_layers * layer
+  head = 2 * config.d_model * config.head_d_ff
+  project = config.d_model * config.vocab_size
+  attend = 2 * config.num_decoder_layers * joined * (slots + nodes + input_length)
+  products = rows * (nodes * (layers + project + attend) + heads * (head + project))
+  weights = layers + heads * head + project * (2 if heads else 1)
+  stored = rows * 2 * config.num_decoder_layers * joined * (slots + input_length + nodes)
+  size = jnp.dtype(config.dtype).itemsize
+  return 2 * products // split, size * (weights + stored) // split
+
+
+def plan_call(
+    chip: Chip, partitioning: Partitioning | None, config: ModelConfig, nodes: int,
+    batch_size: int, output_length: int, input_length: int,
+) -> Call:
+  """The call on a device of the mesh that has rows, or on one chip for None.
+
+  On a mesh the collectives' own time is not counted, and weights split over
+  `fsdp` count as if they were whole: a device reads all of them, gathered.
+  """
+  rows, split = batch_size, 1
+  if partitioning is not None:
+    mesh = partitioning.mesh.shape
+    # Rows are padded to a multiple, so the fullest device has this many.
+    rows, split = math.ceil(batch_size / (mesh["data"] * mesh["fsdp"])), mesh["model"]
+  flops, traffic = call_cost(config, nodes, rows, output_length, input_length, split)
+  return Call(flops, traffic, max(flops / chip.flops, traffic / chip.bandwidth))
+
+
+def training_loss(model: EncoderDecoder, params: Any, inputs: jax.Array, targets: jax.Array):
+  """Sum over the heads of their mean cross-entropies.
+
+  Args:
+    model: with stored parameters.
+    params: the parameters.
+    inputs: [batch, input length] int32.
+    targets: [batch, length] int32; padding doesn't count.
+
+  Returns:
+    [] of `accum_dtype`.
+  """
+  apply = functools.partial(model.apply, {"params": params})
+  pad = model.config.pad_id
+  mask = inputs != pad
+  encoded = apply(inputs, mask, method="encode")
+  shifted = jnp.pad(targets, ((0, 0), (1, 0)), constant_values=pad)[:, :-1]
+  hidden = apply(encoded, mask, shifted, method="decode")
+
+  def cross_entropy(logits, targets):
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    return jnp.mean(losses, where=targets != pad)
+
+  loss = cross_entropy(apply(hidden, method="logits"), targets)
+  if model.config.block_size > 1:
+    logits = apply(hidden, method="head_logits")
+    for i in range(1, model.config.block_size):
+      loss += cross_entropy(logits[:, :-i, i - 1], targets[:, i:])
+  return loss
+
+
+def collectives(hlo: str) -> dict[str, tuple[int, int]]:
+  """Counts the collectives of a compiled program by kind.
+
+  Args:
+    hlo: its text. One collective can be there several times, cut into steps
+      that run beside other work; they share a channel and count once.
+
+  Returns:
+    By kind, how many and the bytes of their results on a device.
+  """
+  found = {}
+  for shape, kind, channel in _COLLECTIVE.findall(hlo):
+    # What starts an asynchronous one returns its operand as well.
+    size = max(
+        int(bits or 8) * math.prod(map(int, dims.split(","))) // 8 if dims else 0
+        for bits, dims in _ARRAY.findall(shape)
+    )
+    found[channel] = (kind, size)
+  return {
+      kind: (len(sizes), sum(sizes))
+      for kind in COLLECTIVES
+      if (sizes := [size for other, size in found.values() if other == kind])
+  }
+
+
+def compile_abstract(function, *args, **options) -> tuple[Any, Any]:
+  """Compiles for the devices that the arguments' shardings name.
+
+  Args:
+    function: to jit with `options`.
+    *args: trees of `jax.ShapeDtypeStruct` with shardings.
+    **options: of `jax.jit`.
+
+  Returns:
+    The compiled program, and its outputs as arguments of the next.
+  """
+  lowered = jax.jit(function, **options).lower(*args)
+  compiled = lowered.compile()
+  outputs = jax.tree.map(
+      lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+      lowered.out_info, compiled.output_shardings,
+  )
+  return compiled, outputs
+
+
+def compile_program(name: str, function, *args, **options) -> Program:
+  """Compiles and reads what the compiler says of the program."""
+  began = time.perf_counter()
+  compiled, _ = compile_abstract(function, *args, **options)
+  seconds = time.perf_counter() - began
+  memory = compiled.memory_analysis()
+  return Program(
+      name=name,
+      seconds=seconds,
+      arguments=memory.argument_size_in_bytes,
+      outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
+      temporaries=memory.temp_size_in_bytes,
+      code=memory.generated_code_size_in_bytes,
+      collectives=collectives(compiled.as_text()),
+      compiled=compiled,
+  )
+
+
+def decode_program(
+    settings: DecodeSettings, config: ModelConfig, partitioning: Partitioning,
+    batch_size: int, input_length: int,
+) -> Program:
+  """Compiles a decode loop as `generation.Generator` would run it.
+
+  The view, the encoder and the start of the loop are compiled too: where their
+  outputs lie is where the loop's arguments lie.
+  """
+  place = functools.partial(_array, partitioning)
+  model = EncoderDecoder(config, partitioning, is_view=True)
+  _, view = compile_abstract(
+      functools.partial(decode_view, config), abstract_params(config, partitioning)
+  )
+  tokens = place((batch_size, input_length), jnp.int32, "batch", "length")
+  rows = place((batch_size,), jnp.int32, "batch")
+  _, context = compile_abstract(functools.partial(prefill, model), view, tokens, rows)
+  key = place((), jax.eval_shape(lambda: jax.random.key(0)).dtype)
+  start = functools.partial(start_state, model, settings)
+  _, state = compile_abstract(start, rows, None, key)
+  return compile_program(
+      settings.method, functools.partial(decode_batch, model, settings), view, context, state,
+      donate_argnums=2,
+  )
+
+
+def training_program(
+    config: ModelConfig, partitioning: Partitioning, batch_size: int, input_length: int,
+    output_length: int,
+) -> Program:
+  """Compiles the loss and its gradients, which lie as the parameters do."""
+  place = functools.partial(_array, partitioning)
+  params = abstract_params(config, partitioning)
+  model = EncoderDecoder(config, partitioning)
+  return compile_program(
+      "forward-backward",
+      jax.value_and_grad(functools.partial(training_loss, model)),
+      params,
+      place((batch_size, input_length), jnp.int32, "batch", "length"),
+      place((batch_size, output_length), jnp.int32, "batch", "length"),
+      out_shardings=(
+          partitioning.sharding(()), jax.tree.map(lambda leaf: leaf.sharding, params)
+      ),
+  )
+
+
+def _array(partitioning: Partitioning, shape, dtype, *names) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(shape, dtype, sharding=partitioning.sharding(names))
+
+
+def plan(
+    config: ModelConfig,
+    topology: str = "v5e:4x4",
+    data: int = -1,
+    fsdp: int = 2,
+    model: int = 2,
+    batch_size: int = 32,
+    input_length: int = 512,
+    output_length: int = 128,
+    dtype: str = "bfloat16",
+    node_counts: Sequence[int] = (1, 2, 4, 8, 16, 32),
+    batch_sizes: Sequence[int] = (1, 8, 32),
+) -> Plan:
+  """Compiles the programs for a topology, times calls by the peaks, prints tables.
+
+  Args:
+    config: of the model. Training stores its `param_dtype`; the blockwise loop
+      is compiled where it has heads.
+    topology: a chip of `CHIPS`, a colon and a shape.
+    data: devices along the batch only; -1 takes what is left.
+    fsdp: devices along the batch and the parameters' `embed` axis.
+    model: devices along heads, mlp and vocabulary.
+    batch_size: of the compiled programs.
+    input_length: tokens of the encoder.
+    output_length: most tokens of the decoder.
+    dtype: of all products, and of weights and cache in decoding.
+    node_counts: nodes of the calls to time.
+    batch_sizes: of the calls to time.
+
+  Raises:
+    InputError: naming the argument, before anything is compiled; or where a
+      program doesn't fit the devices.
+  """
+  for name, values in {
+      "input_length": [input_length], "output_length": [output_length],
+      "node_counts": node_counts, "batch_sizes": batch_sizes,
+  }.items():
+    for value in values:
+      if not isinstance(value, int) or value < 1:
+        raise InputError(name, value, "positive integers")
+  config = config.replace(dtype=dtype)
+  decode_config = config.replace(param_dtype=dtype)
+  chip, devices = topology_devices(topology)
+  partitioning = make_partitioning(data, fsdp, model, devices)
+  partitioning.check_batch(batch_size)
+  check_model(config, partitioning)
+
+  console = Console()
+  shape = ", ".join(f"{axis} {size}" for axis, size in partitioning.mesh.shape.items())
+  console.print(
+      f"{topology}, mesh {shape}; batch {batch_size}, {input_length} in, {output_length} out, "
+      f"{dtype}, block size {config.block_size}"
+  )
+  calls = {
+      (where, rows, nodes): plan_call(
+          chip, on, decode_config, nodes, rows, output_length, input_length
+      )
+      for where, on in (("mesh", partitioning), ("chip", None))
+      for rows in batch_sizes
+      for nodes in node_counts
+  }
+  for where, title in (("chip", "on one chip"), ("mesh", "on the mesh, without collectives")):
+    console.print(_call_table(title, where, calls, node_counts, batch_sizes))
+
+  jobs = {"greedy": lambda: decode_program(
+      DecodeSettings("greedy", 1, 1, output_length), decode_config, partitioning, batch_size,
+      input_length,
+  )}
+  if config.block_size > 1:
+    jobs["blockwise"] = lambda: decode_program(
+        DecodeSettings("blockwise", config.block_size, config.block_size, output_length),
+        decode_config, partitioning, batch_size, input_length,
+    )
+  else:
+    console.print("no blockwise loop: the model has no parallel heads; set its block size")
+  jobs["forward-backward"] = lambda: training_program(
+      config, partitioning, batch_size, input_length, output_length
+  )
+  programs = {}
+  for name, job in jobs.items():
+    try:
+      with console.status(f"compiling {name}"):
+        programs[name] = job()
+    except jax.errors.JaxRuntimeError as error:
+      if "RESOURCE_EXHAUSTED" not in str(error):
+        raise
+      reason = next(line for line in str(error).splitlines() if line.strip())
+      raise InputError(
+          "topology", topology, f"one that holds the {name} program ({reason})"
+      ) from error
+  console.print(_memory_table(programs, chip))
+  console.print(_collective_table(programs))
+  return Plan(chip, partitioning, programs, calls)
+
+
+def _call_table(title: str, where: str, calls, node_counts, batch_sizes) -> Table:
+  """Time of a call, and over that of the fewest nodes; a column a batch size."""
+  table = Table(title=f"Roofline time of a decoder call {title}, ms (over {min(node_counts)} node)")
+  table.add_column("nodes", justify="right")
+  for batch_size in batch_sizes:
+    table.add_column(f"batch {batch_size}", justify="right")
+  for nodes in node_counts:
+    cells = []
+    for batch_size in batch_sizes:
+      call = calls[where, batch_size, nodes]
+      ratio = call.seconds / calls[where, batch_size, min(node_counts)].seconds
+      cells.append(f"{1e3 * call.seconds:.3f} ({ratio:.2f})")
+    table.add_row(str(nodes), *cells)
+  return table
+
+
+def _memory_table(programs: dict[str, Program], chip: Chip) -> Table:
+  table = Table(title=f"Memory a device, MB of {chip.memory / 1e6:,.0f}")
+  table.add_column("program", no_wrap=True)
+  fields = ("arguments", "outputs", "temporaries", "code", "memory")
+  for name in (*fields[:-1], "total", "compile"):
+    table.add_column(name, justify="right")
+  for program in programs.values():
+    cells = [f"{getattr(program, field) / 1e6:,.1f}" for field in fields]
+    table.add_row(program.name, *cells, f"{program.seconds:.0f} s")
+  return table
+
+
+def _collective_table(programs: dict[str, Program]) -> Table:
+  table = Table(title="Collectives a device; what a loop repeats counts once")
+  for name in ("program", "kind"):
+    table.add_column(name)
+  for name in ("number", "MB"):
+    table.add_column(name, justify="right")
+  for program in programs.values():
+    for kind, (number, size) in program.collectives.items():
+      table.add_row(program.name, kind, str(number), f"{size / 1e6:,.2f}")
+  return table
+
+
+gin.external_configurable(plan, module="bpd_jax", denylist=["config"])
+
+
+def main(argv: Sequence[str]) -> None:
+  """Plans; see `--help`."""
+  read_gin(argv, "python -m bpd_jax.plan", __doc__.splitlines()[0])
+  # The host needs no accelerator, and libtpu finds none to start.
+  jax.config.update("jax_platforms", "cpu")
+  plan(ModelConfig(**gin.get_bindings("ModelConfig")), **gin.get_bindings("plan"))
+
+
+if __name__ == "__main__":
+  run(main)
