@@ -60,16 +60,12 @@ def cap_distributions(records: Sequence[Record], share: float = MAX_SHARE) -> li
 
 
 def _cap(counts: Sequence[int], share: float) -> int:
-  """The largest limit with limit <= share * sum(min(count, limit)), or the smallest count."""
-  for limit in sorted(set(counts), reverse=True):
-    if limit <= share * sum(min(count, limit) for count in counts):
-      break
-  else:
-    return min(counts, default=0)
-  # Above `limit` only larger distributions grow: x <= share * (rest + larger * x).
-  rest = sum(count for count in counts if count <= limit)
-  larger = sum(count > limit for count in counts)
-  return max(limit, int(share * rest / (1 - share * larger))) if larger else limit
+  """The most that a distribution may keep such that it has at most its share."""
+  fits = [
+      limit for limit in range(1, max(counts, default=0) + 1)
+      if limit <= share * sum(min(count, limit) for count in counts)
+  ]
+  return max(fits, default=min(counts, default=0))
 
 
 class NgramSet:

@@ -8,9 +8,6 @@ import re
 from typing import Any
 import warnings
 
-import docstring_parser
-from docstring_parser import DocstringStyle
-
 from bpd_jax.data.sources import is_generated
 
 
@@ -69,12 +66,12 @@ class Record:
 MIN_CHARACTERS = 12
 _ODD_CHARACTERS = re.compile(r"[^\S \n]|[\x00-\x09\x0b-\x1f\x7f-\x9f\u2581\ufffd]")
 # A line that only stands for text put in at run time: "%(params)s", "{doc}", "##".
-_PLACEHOLDER = re.compile(r"^\s*(%\([^)]*\)s|\{\w+\}|##+)\s*\n?", re.MULTILINE)
+_PLACEHOLDER = re.compile(r"^ *(%\([^)]*\)s|\{\w+\}|##+) *\n?", re.MULTILINE)
 
 _STYLES = (
-    (re.compile(r"^Parameters\s*\n-{3,}", re.MULTILINE), DocstringStyle.NUMPYDOC),
-    (re.compile(r"^(Args|Arguments|Parameters):\s*$", re.MULTILINE), DocstringStyle.GOOGLE),
-    (re.compile(r"^:param ", re.MULTILINE), DocstringStyle.REST),
+    (re.compile(r"^Parameters\s*\n-{3,}", re.MULTILINE), "NUMPYDOC"),
+    (re.compile(r"^(Args|Arguments|Parameters):\s*$", re.MULTILINE), "GOOGLE"),
+    (re.compile(r"^:param ", re.MULTILINE), "REST"),
 )
 
 
@@ -118,10 +115,13 @@ def extract(distribution: str, path: str, content: bytes) -> list[Record]:
 
 def parse_parameters(docstring: str) -> tuple[Parameter, ...]:
   """Parameters that a docstring describes in Google's, NumPy's or reST's style."""
+  # Records are read in places that have no parser of docstrings.
+  import docstring_parser
+
   for pattern, style in _STYLES:
     if pattern.search(docstring):
       try:
-        parsed = docstring_parser.parse(docstring, style)
+        parsed = docstring_parser.parse(docstring, docstring_parser.DocstringStyle[style])
       except docstring_parser.ParseError:
         return ()
       return tuple(

@@ -71,8 +71,8 @@ SOURCES = tuple(sorted(
 # Tests, other people's code carried along, and what is not meant to be read.
 _SKIPPED_FOLDERS = frozenset({
     "_antlr", "_array_api_compat", "_external", "_lib", "_vendor", "_vendored",
-    "array_api_compat", "array_api_extra", "extern", "externals", "generated", "migrations",
-    "pip", "test", "tests", "third_party", "vendor", "vendored",
+    "array_api_compat", "array_api_extra", "extern", "externals", "generated", "kernel_tests",
+    "migrations", "pip", "test", "tests", "third_party", "vendor", "vendored",
 })
 # Parts of the standard library: its tests, build leftovers and demos, tools of
 # its own kind (idlelib), and distutils, which setuptools and NumPy have copied.

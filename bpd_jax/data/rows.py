@@ -1,0 +1,110 @@
+"""The rows that are shipped with the package, so that a table can be made anywhere.
+
+`load_rows` reads them; nothing but the standard library is needed. They were
+chosen from the built corpus by `choose_rows`, see docs/data.md.
+"""
+
+from collections.abc import Collection, Sequence
+import gzip
+import hashlib
+import json
+from pathlib import Path
+
+from bpd_jax.data.cleaning import stable_hash
+from bpd_jax.data.extraction import Record
+from bpd_jax.data.grammar import grammar
+from bpd_jax.data.manifest import write_jsonl
+from bpd_jax.data.text_tasks import RECORD_TASKS
+from bpd_jax.errors import InputError
+from bpd_jax.vocabulary import SentencePieceVocabulary
+
+FILES = Path(__file__).parent / "files"
+VOCABULARY_FILE = FILES / "docstrings.model"
+TASKS = (*RECORD_TASKS, "grammar")
+NUM_ROWS = {"validation": 200, "test": 500}
+MAX_INPUT_TOKENS = 256
+MAX_TARGET_TOKENS = 128
+
+Row = dict[str, str]
+
+
+def load_rows(task: str, split: str = "test", folder: Path = FILES) -> list[Row]:
+  """Shipped rows of a task.
+
+  Args:
+    task: one of `TASKS`.
+    split: "validation", for choosing anything at all, or "test".
+    folder: the package's own by default.
+
+  Returns:
+    Rows with `inputs`, `targets` and `source`, the record's key or "".
+  """
+  if task not in TASKS:
+    raise InputError("task", task, f"one of {TASKS}")
+  if split not in NUM_ROWS:
+    raise InputError("split", split, f"one of {tuple(NUM_ROWS)}; the package ships no others")
+  with gzip.open(_path(folder, task, split), "rt", encoding="utf-8") as file:
+    return [json.loads(line) for line in file]
+
+
+def rows_fingerprint(rows: Sequence[Row]) -> str:
+  """A hash of inputs and targets in order, the same wherever they are read."""
+  digest = hashlib.sha256()
+  for row in rows:
+    digest.update(json.dumps([row["inputs"], row["targets"]]).encode("utf-8") + b"\n")
+  return digest.hexdigest()[:16]
+
+
+def task_rows(task: str, records: Sequence[Record]) -> list[Row]:
+  """All rows that records give for a task, the first of each target."""
+  seen, rows = set(), []
+  for record in records:
+    for example in RECORD_TASKS[task](record):
+      if example.targets not in seen:
+        seen.add(example.targets)
+        rows.append(
+            {"inputs": example.inputs, "targets": example.targets, "source": record.key}
+        )
+  return rows
+
+
+def choose_rows(
+    task: str,
+    split: str,
+    records: Sequence[Record],
+    train_targets: Collection[str],
+    vocabulary: SentencePieceVocabulary,
+) -> list[Row]:
+  """Rows to ship: those that fit, whose target isn't one of training's, by a hash.
+
+  Args:
+    task: one of `TASKS`.
+    split: "validation" or "test".
+    records: of that split.
+    train_targets: of the same task.
+    vocabulary: in which inputs and targets must fit, EOS included.
+  """
+  if task == "grammar":
+    return [
+        {"inputs": example.inputs, "targets": example.targets, "source": ""}
+        for example in grammar(split, NUM_ROWS[split])
+    ]
+  chosen = []
+  rows = task_rows(task, records)
+  for row in sorted(rows, key=lambda row: stable_hash(f"{row['source']} {row['inputs']}")):
+    fits = (
+        len(vocabulary.encode(row["inputs"])) < MAX_INPUT_TOKENS
+        and len(vocabulary.encode(row["targets"])) < MAX_TARGET_TOKENS
+    )
+    if fits and row["targets"] not in train_targets:
+      chosen.append(row)
+  return chosen[: NUM_ROWS[split]]
+
+
+def write_rows(folder: Path, task: str, split: str, rows: Sequence[Row]) -> None:
+  """Writes what `load_rows` reads."""
+  write_jsonl(_path(folder, task, split), rows)
+
+
+def _path(folder: Path, task: str, split: str) -> Path:
+  return folder / f"{task}.{split}.jsonl.gz"
