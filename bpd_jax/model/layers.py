@@ -138,8 +138,13 @@ def attend(queries: Array, segments, accum_dtype, drop: Callable[[Array], Array]
   """
   scores = []
   for keys, _, bias in segments:
-    score = jnp.einsum("bhkd,bqhd->bhkq", keys, queries, preferred_element_type=accum_dtype)
-    scores.append(score.swapaxes(2, 3) + bias)
+    if queries.dtype == accum_dtype:
+      # With the keys first a CPU doesn't transpose them in every call.
+      score = jnp.einsum("bhkd,bqhd->bhkq", keys, queries).swapaxes(2, 3)
+    else:
+      # The same of bfloat16 into float32 isn't supported by XLA's CPU backend.
+      score = jnp.einsum("bqhd,bhkd->bhqk", queries, keys, preferred_element_type=accum_dtype)
+    scores.append(score + bias)
   weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1)
   weights = drop(weights.astype(queries.dtype))
   out, start = 0, 0
