@@ -29,15 +29,23 @@ CONFIGS = {
 GOLDEN = Path(__file__).parent / "testdata" / "parameters.json"
 
 
+def program(config, is_view=False):
+  """run(params, method, *inputs): a method of the model, compiled once for each shape."""
+  model = EncoderDecoder(config, PLACE, is_view)
+  apply = lambda method, params, *inputs: model.apply({"params": params}, *inputs, method=method)
+  compiled = jax.jit(apply, static_argnums=0)
+  return lambda params, method, *inputs: compiled(method, params, *inputs)
+
+
 @pytest.fixture(scope="module", params=CONFIGS)
 def setup(request):
-  """A float64 config, its model and parameters of which none is at a special value."""
+  """A float64 config, its methods and parameters of which none is at a special value."""
   with jax.enable_x64(True):
     config = CONFIGS[request.param].with_dtype("float64")
     rng = np.random.default_rng(1)
     params = init_params(config, PLACE, jax.random.key(0))
     params = jax.tree.map(lambda leaf: leaf + 0.2 * rng.standard_normal(leaf.shape), params)
-    yield config, EncoderDecoder(config, PLACE), params
+    yield config, program(config), params
 
 
 @pytest.fixture(scope="module")
@@ -48,55 +56,52 @@ def rows():
 
 
 def test_decoder_is_causal_by_gradient(setup, rows):
-  config, model, params = setup
+  config, run, params = setup
   tokens, mask, targets = rows
-  variables = {"params": params}
-  encoded = model.apply(variables, tokens, mask, method="encode")
+  model, encoded = EncoderDecoder(config, PLACE), run(params, "encode", tokens, mask)
 
   def state(embedded, at):
-    run = lambda self, x: self.decoder(x, encoded, mask)
-    return model.apply(variables, embedded, method=run)[:, at].sum()
+    decode = lambda self, x: self.decoder(x, encoded, mask)
+    return model.apply({"params": params}, embedded, method=decode)[:, at].sum()
 
-  embedded = model.apply(variables, targets, method="embed")
+  pull_at = jax.jit(jax.grad(state))
+  embedded = run(params, "embed", targets)
   for at in (0, 4, 9):
-    pull = np.abs(jax.grad(state)(embedded, at)).sum(-1) > 0
+    pull = np.abs(pull_at(embedded, at)).sum(-1) > 0
     assert (pull == (np.arange(10) <= at)).all()
 
 
 def test_padding_of_the_input_does_not_leak(setup, rows):
-  _, model, params = setup
+  _, run, params = setup
   tokens, mask, targets = rows
-  variables = {"params": params}
-  expected = model.apply(variables, tokens, mask, targets)
+  expected = run(params, "__call__", tokens, mask, targets)
   changed = np.where(mask, tokens, 39 - tokens)
-  np.testing.assert_array_equal(model.apply(variables, changed, mask, targets), expected)
-  short = model.apply(variables, tokens[1:, :3], mask[1:, :3], targets[1:])
+  np.testing.assert_array_equal(run(params, "__call__", changed, mask, targets), expected)
+  short = run(params, "__call__", tokens[1:, :3], mask[1:, :3], targets[1:])
   np.testing.assert_allclose(short[0], expected[1], rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("splits", [[[1] * 10, [1] * 10], [[3, 4, 3], [1, 5, 4]], [[10], [10]]])
 def test_blocks_over_the_cache_are_the_whole_pass(setup, rows, splits):
-  config, model, params = setup
+  """The view, layer by layer and block by block, against the scan over whole targets."""
+  config, run, params = setup
   tokens, mask, targets = rows
-  expected = model.apply(
-      {"params": params}, model.apply({"params": params}, tokens, mask, method="encode"), mask,
-      targets, method="decode",
-  )
-  view = {"params": decode_view(config, params)}
-  reader = EncoderDecoder(config, PLACE, is_view=True)
-  encoded = reader.apply(view, tokens, mask, method="encode")
-  cross = reader.apply(view, encoded, method="cross_keys_values")
+  encoded = run(params, "encode", tokens, mask)
+  expected = run(params, "decode", encoded, mask, targets)
+  view, read = decode_view(config, params), program(config, is_view=True)
+  np.testing.assert_array_equal(read(view, "encode", tokens, mask), encoded)
+  cross = read(view, "cross_keys_values", encoded)
   cache = np.zeros([config.num_decoder_layers, 2, 2, 2, 14, 8])  # layer, K or V, batch, heads
   lengths = np.zeros([2], np.int32)
+  # One width for all calls; the nodes after a row's own share are left out below.
+  width = max(map(max, splits))
+  step = np.arange(width, dtype=np.int32)
+  visible = trees.ancestors(Tree(None, step, step - 1, None, width - 1))[None]
   for sizes in zip(*splits):
-    width = max(sizes)
-    step = np.arange(width, dtype=np.int32)
-    tree = Tree(None, step, step - 1, None, width - 1)
     at = np.minimum(lengths[:, None] + step, 9)
-    hidden, keys, values, _ = reader.apply(
-        view, np.take_along_axis(targets, at, 1), step[None], trees.ancestors(tree)[None],
-        [(jnp.asarray(k), jnp.asarray(v)) for k, v in cache], jnp.asarray(lengths), cross, mask,
-        method="decode_block",
+    hidden, keys, values, _ = read(
+        view, "decode_block", np.take_along_axis(targets, at, 1), step[None], visible,
+        [(k, v) for k, v in cache], lengths, cross, mask,
     )
     for row, size in enumerate(sizes):
       start, end = lengths[row], lengths[row] + size
@@ -110,26 +115,34 @@ def test_blocks_over_the_cache_are_the_whole_pass(setup, rows, splits):
   assert lengths.tolist() == [10, 10]
 
 
+def test_head_1_is_the_base_model(setup, rows):
+  config, run, params = setup
+  tokens, mask, targets = rows
+  base = {name: leaf for name, leaf in params.items() if name != "heads"}
+  np.testing.assert_array_equal(
+      run(params, "__call__", tokens, mask, targets),
+      program(config.replace(block_size=1))(base, "__call__", tokens, mask, targets),
+  )
+
+
 def test_heads_are_their_formula_then_the_base_projection(setup):
-  config, model, params = setup
+  config, run, params = setup
   hidden = np.random.default_rng(3).standard_normal([4, 16])
   heads = params["heads"]
   act = nn.relu if config.activation == "relu" else nn.gelu
-  found = model.apply({"params": params}, hidden, method="head_logits")
+  found = run(params, "head_logits", hidden)
   for i in range(2):
     state = hidden + act(hidden @ heads["w1"][i]) @ heads["w2"][i]
     kernel = params["embedding"].T * 16**-0.5 if config.is_tied else params["logits_kernel"]
     np.testing.assert_allclose(found[:, i], state @ kernel, rtol=0, atol=1e-10)
-  first = model.apply({"params": params}, hidden, 1, method="head_logits")
+  first = EncoderDecoder(config, PLACE).apply({"params": params}, hidden, 1, method="head_logits")
   np.testing.assert_allclose(first, found[:, :1], rtol=0, atol=1e-12)
 
 
 def test_fresh_heads_repeat_head_1():
-  params = init_params(T5_1_1, PLACE, jax.random.key(0))
-  model = EncoderDecoder(T5_1_1, PLACE)
+  params, run = init_params(T5_1_1, PLACE, jax.random.key(0)), program(T5_1_1)
   hidden = np.random.default_rng(3).standard_normal([4, 16]).astype(np.float32)
-  base = model.apply({"params": params}, hidden, method="logits")
-  heads = model.apply({"params": params}, hidden, method="head_logits")
+  base, heads = run(params, "logits", hidden), run(params, "head_logits", hidden)
   np.testing.assert_array_equal(heads, np.repeat(np.asarray(base)[:, None], 2, axis=1))
 
 
@@ -137,14 +150,11 @@ def test_bfloat16_runs_and_keeps_float32_parameters_and_logits(rows):
   config = T5_1_1.replace(dtype="bfloat16")
   params = init_params(config, PLACE, jax.random.key(0))
   assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
-  model = EncoderDecoder(config, PLACE)
-  tokens, mask, targets = rows
-  # One program each: a CPU has no product of bfloat16 that gives float32 by itself.
-  logits = jax.jit(model.apply)({"params": params}, tokens, mask, targets)
+  run, (tokens, mask, targets) = program(config), rows
+  logits = run(params, "__call__", tokens, mask, targets)
   assert logits.dtype == jnp.float32
-  encode = jax.jit(lambda *inputs: model.apply(*inputs, method="encode"))
-  assert encode({"params": params}, tokens, mask).dtype == jnp.bfloat16
-  exact = EncoderDecoder(T5_1_1, PLACE).apply({"params": params}, tokens, mask, targets)
+  assert run(params, "encode", tokens, mask).dtype == jnp.bfloat16
+  exact = program(T5_1_1)(params, "__call__", tokens, mask, targets)
   assert 0 < np.abs(logits - exact).max() < 0.1
   # Batch 2 takes other products than batch 1.
   found = Generator(config, params).generate(
