@@ -107,7 +107,7 @@ def read_manifest(path: str | os.PathLike = MANIFEST_FILE) -> Manifest:
       header, *lines = map(json.loads, file)
     entries = tuple(Entry(**line) for line in lines)
     manifest = Manifest(entries, header["fingerprint"], header["counts"])
-  except OSError as error:
+  except (OSError, EOFError) as error:
     raise InputError("manifest", str(path), f"a gzip file ({error})") from error
   except (KeyError, TypeError, ValueError) as error:
     raise InputError("manifest", str(path), f"a manifest of docstrings ({error})") from error

@@ -38,13 +38,20 @@ def load_rows(task: str, split: str = "test", folder: Path = FILES) -> list[Row]
 
   Returns:
     Rows with `inputs`, `targets` and `source`, the record's key or "".
+
+  Raises:
+    InputError: for an unknown task or split, or where the file can't be read.
   """
   if task not in TASKS:
     raise InputError("task", task, f"one of {TASKS}")
   if split not in NUM_ROWS:
     raise InputError("split", split, f"one of {tuple(NUM_ROWS)}; the package ships no others")
-  with gzip.open(_path(folder, task, split), "rt", encoding="utf-8") as file:
-    return [json.loads(line) for line in file]
+  path = _path(folder, task, split)
+  try:
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+      return [json.loads(line) for line in file]
+  except (OSError, EOFError, ValueError) as error:
+    raise InputError("rows", str(path), f"gzipped JSONL ({error})") from error
 
 
 def rows_fingerprint(rows: Sequence[Row]) -> str:
@@ -56,12 +63,12 @@ def rows_fingerprint(rows: Sequence[Row]) -> str:
 
 
 def task_rows(task: str, records: Sequence[Record]) -> list[Row]:
-  """All rows that records give for a task, the first of each target."""
+  """All rows that records give for a task, the first of equal inputs or targets."""
   seen, rows = set(), []
   for record in records:
     for example in RECORD_TASKS[task](record):
-      if example.targets not in seen:
-        seen.add(example.targets)
+      if seen.isdisjoint({example.inputs, example.targets}):
+        seen |= {example.inputs, example.targets}
         rows.append(
             {"inputs": example.inputs, "targets": example.targets, "source": record.key}
         )

@@ -37,7 +37,7 @@ class Example:
 _SECTION = re.compile(
     r"^(\w[\w ]*\n-{3,}|(Args|Arguments|Returns?|Yields?|Raises|Notes?|Examples?|References|"
     r"Usage|Attributes|Parameters|Warnings?|See also):\s*$|\.\. |:\w|>>> |@)",
-    re.IGNORECASE,
+    re.IGNORECASE | re.MULTILINE,
 )
 _SENTENCE = re.compile(r"[\"'`*(\[]{0,3}\w")
 
