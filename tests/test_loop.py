@@ -223,6 +223,7 @@ def test_trees_equal_greedy(num_nodes, depth, k):
   table = draft_table(rng, greedy, depth, 0.85, k)
   parents, candidate = grow_trees(rng, ROWS, num_nodes, depth, k)
   state = decode_trees(NoisyDrafter(depth), table, seed, eos_position, limits, parents, candidate)
+  state = jax.device_get(state.replace(key=None))
   for row in range(ROWS):
     tokens, emitted = walk_trees(
         greedy[row], table[row], parents[row], candidate[row], depth, int(limits[row])
@@ -238,6 +239,7 @@ def test_finished_and_padding_rows_stay_as_they_are():
   limits[1] = 0  # a row that only pads
   table = draft_table(rng, greedy, 4, 0.5)
   state = decode_chain(NoisyDrafter(4), table, seed, eos_position, limits, 5)
+  state = jax.device_get(state.replace(key=None))
   assert state.call > 5
   assert state.num_calls[0] == 1 and state.num_tokens[0] == 1 and state.root[0] == MODEL.eos_id
   assert state.num_calls[1] == 0 and state.num_tokens[1] == 0 and state.root[1] == START
