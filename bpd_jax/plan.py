@@ -13,6 +13,7 @@ arithmetic and its traffic against the chip's published peaks.
 from collections.abc import Sequence
 import dataclasses
 import functools
+import importlib.util
 import math
 import os
 import re
@@ -150,11 +151,13 @@ def topology_devices(topology: str) -> tuple[Chip, Sequence[Any]]:
   """
   from jax.experimental import topologies
 
-  name, _, shape = topology.partition(":")
+  name = str(topology).partition(":")[0]
   if name not in CHIPS:
     raise InputError(
         "topology", topology, f"a chip of {list(CHIPS)}, a colon and a shape, as in 'v5e:4x4'"
     )
+  if importlib.util.find_spec("libtpu") is None:
+    raise InputError("libtpu", "not installed", "pip install 'bpd_jax[plan-tpu]'")
   for variable, value in LIBTPU_ENVIRONMENT.items():
     os.environ.setdefault(variable, value)
   try:
@@ -413,13 +416,21 @@ def plan(
     InputError: naming the argument, before anything is compiled; or where a
       program doesn't fit the devices.
   """
-  for name, values in {
-      "input_length": [input_length], "output_length": [output_length],
-      "node_counts": node_counts, "batch_sizes": batch_sizes,
+  for name, value in {"data": data, "fsdp": fsdp, "model": model}.items():
+    if not isinstance(value, int):
+      raise InputError(name, value, "-1 or a positive integer")
+  for name, value in {
+      "batch_size": batch_size, "input_length": input_length, "output_length": output_length,
   }.items():
-    for value in values:
-      if not isinstance(value, int) or value < 1:
-        raise InputError(name, value, "positive integers")
+    if not isinstance(value, int) or value < 1:
+      raise InputError(name, value, "a positive integer")
+  for name, values in {"node_counts": node_counts, "batch_sizes": batch_sizes}.items():
+    if not isinstance(values, (tuple, list)) or not values or not all(
+        isinstance(value, int) and value > 0 for value in values
+    ):
+      raise InputError(name, values, "positive integers, as in (1, 8)")
+  if dtype not in ("bfloat16", "float32"):
+    raise InputError("dtype", dtype, "bfloat16 or float32")
   config = config.replace(dtype=dtype)
   decode_config = config.replace(param_dtype=dtype)
   chip, devices = topology_devices(topology)
