@@ -72,7 +72,7 @@ def test_vocabulary_is_trained_alike_twice(tmp_path):
              f"Return the number {i} more than the one that is given, whichever.")
       for i in range(60)
   ]
-  one, two = (docstrings.train_vocabulary(given, 400) for given in (records, records[::-1]))
+  one, two = (docstrings.train_vocabulary(given, 400, 40) for given in (records, records[::-1]))
   assert one == two
   (tmp_path / "small.model").write_bytes(one)
   small = SentencePieceVocabulary(tmp_path / "small.model")

@@ -78,6 +78,12 @@ def test_first_paragraphs_that_are_no_summary(first):
   assert docstring_summary(with_(docstring=f"{first}\n\n{'The rest of it. ' * 5}")) == []
 
 
+def test_summary_that_is_said_again_is_no_task():
+  docstring = "Return the sum of two numbers.\n\nNote: return the sum of two numbers, both of them."
+  assert len(docstring_summary(with_(docstring=docstring))) == 1
+  assert docstring_summary(with_(docstring=docstring.replace("return", "Return"))) == []
+
+
 def test_summary_needs_something_to_read():
   assert docstring_summary(with_(docstring="Return the sum of two numbers.", body="")) == []
 
@@ -108,8 +114,11 @@ def test_context_of_a_question_is_cut_around_the_answer():
   assert len(docstring_qa(record)) == 2
 
 
-def test_answer_that_is_not_in_the_docstring_is_not_asked_for():
-  assert docstring_qa(with_(parameters=(Parameter("x", "Not said in the docstring."),))) == []
+@pytest.mark.parametrize("description", [
+    "Not said in the docstring.", "The first of the two numbers,\nbut this isn't said."
+])
+def test_answer_that_is_not_in_the_docstring_is_not_asked_for(description):
+  assert docstring_qa(with_(parameters=(Parameter("x", description),))) == []
 
 
 def test_continuation_meets_its_opening():

@@ -7,12 +7,14 @@ Importing this module imports TensorFlow Datasets and registers the builder;
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import tensorflow_datasets as tfds
 
 from bpd_jax.data import docstrings
 from bpd_jax.data.extraction import Record
 from bpd_jax.data.manifest import Environment, Manifest, read_manifest
 from bpd_jax.data.sources import SPLITS
+from bpd_jax.errors import InputError
 
 
 class Docstrings(tfds.core.GeneratorBasedBuilder):
@@ -21,6 +23,9 @@ class Docstrings(tfds.core.GeneratorBasedBuilder):
   Attributes:
     manifest: what to read; the package's own by default.
     environment: where to look; the running one by default.
+
+  Raises:
+    InputError: where the folder holds the records of another manifest.
   """
 
   VERSION = tfds.core.Version("1.0.0")
@@ -36,6 +41,12 @@ class Docstrings(tfds.core.GeneratorBasedBuilder):
     self.manifest = read_manifest() if manifest is None else manifest
     self.environment = environment
     super().__init__(**kwargs)
+    prepared = self.info.metadata["fingerprint"]
+    if prepared != self.manifest.fingerprint:
+      raise InputError(
+          f"{self.data_dir} fingerprint", prepared,
+          f"{self.manifest.fingerprint}, from the manifest; remove the folder to prepare it anew",
+      )
 
   def _info(self) -> tfds.core.DatasetInfo:
     text = tfds.features.Text
@@ -45,7 +56,7 @@ class Docstrings(tfds.core.GeneratorBasedBuilder):
         features=tfds.features.FeaturesDict({
             "distribution": text(),
             "path": text(),
-            "line": tfds.features.Scalar("int32"),
+            "line": tfds.features.Scalar(np.int32),
             "name": text(),
             "kind": text(),
             "signature": text(),
