@@ -12,7 +12,7 @@ from bpd_jax.partitioning import make_partitioning, single_device
 
 CONFIG = ModelConfig(
     vocab_size=64, d_model=16, d_ff=32, d_kv=8, num_heads=2, num_encoder_layers=2,
-    num_decoder_layers=2, block_size=4, head_d_ff=24, accum_dtype="float64",
+    num_decoder_layers=2, block_size=4, head_d_ff=24,
 ).with_dtype("float64")
 PROMPTS = [[5, 6, 7, 1], [9], list(range(2, 40)), [30, 31, 1], [8, 8]]
 
@@ -75,15 +75,15 @@ def test_mesh_that_does_not_divide_the_devices(sizes, message):
 
 def test_rows_come_back_in_order_whatever_the_batch(model):
   with jax.enable_x64(True):
-    alone = [model.generate([prompt], max_length=11, batch_size=1) for prompt in PROMPTS]
+    alone = [model.generate([prompt], max_length=11, buckets=(40,), batch_size=1) for prompt in PROMPTS]
     for batch_size in (2, 5, 8):
-      together = model.generate(PROMPTS, max_length=11, batch_size=batch_size)
+      together = model.generate(PROMPTS, max_length=11, buckets=(40,), batch_size=batch_size)
       for row, one in enumerate(alone):
         assert together.tokens[row].tolist() == one.tokens[0].tolist()
         assert together.calls[row] == one.calls[0]
         assert together.traces[row] == one.traces[0]
       assert len(together.seconds) == len(together.is_warm) == -(-5 // batch_size)
-    assert model.generate(PROMPTS, max_length=11, batch_size=8).is_warm == [True]
+    assert model.generate(PROMPTS, max_length=11, buckets=(40,), batch_size=8).is_warm == [True]
 
 
 def test_traces_add_up_to_the_tokens(model):
@@ -102,3 +102,22 @@ def test_traces_add_up_to_the_tokens(model):
       assert len(call.emitted) - call.num_accepted in (0, 1)
   assert found.block_efficiency == sum(map(len, found.tokens)) / sum(found.calls)
   assert greedy.block_efficiency == 1.0 and found.texts is None
+
+
+def test_eos_ends_a_row_and_is_kept(model):
+  """Drafts go on after EOS; rows don't."""
+  with jax.enable_x64(True):
+    free = model.generate(PROMPTS, "greedy", max_length=11, batch_size=8)
+    # The third token of the first row becomes EOS, in a model that is the same.
+    eos = int(free.tokens[0][2])
+    ending = Generator(CONFIG.replace(eos_id=eos), model.params)
+    expected = []
+    for row in free.tokens:
+      row = row.tolist()
+      expected.append(row[: row.index(eos) + 1] if eos in row else row)
+    assert len(expected[0]) <= 3
+    for method in ("greedy", "blockwise", "reference"):
+      known = {"references": free.tokens} if method == "reference" else {}
+      found = ending.generate(PROMPTS, method, max_length=11, batch_size=8, **known)
+      assert [row.tolist() for row in found.tokens] == expected
+      assert [[t for call in trace for t in call.emitted] for trace in found.traces] == expected

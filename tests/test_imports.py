@@ -100,7 +100,7 @@ def test_no_module_imports_what_it_must_not_know():
 
 
 LIGHT = """
-import sys
+import importlib, pkgutil, sys
 class Absent:
   def find_spec(self, name, path=None, target=None):
     if name.partition(".")[0] in {
@@ -108,7 +108,10 @@ class Absent:
       raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Absent())
 import jax
-import bpd_jax
+import bpd_jax, bpd_jax.decoding, bpd_jax.evaluation, bpd_jax.interchange, bpd_jax.model
+for package in (bpd_jax.decoding, bpd_jax.evaluation, bpd_jax.interchange, bpd_jax.model):
+  for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+    importlib.import_module(module.name)
 from bpd_jax.model.config import ModelConfig
 from bpd_jax.model.model import init_params
 from bpd_jax.partitioning import single_device
