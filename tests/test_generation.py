@@ -74,16 +74,17 @@ def test_mesh_that_does_not_divide_the_devices(sizes, message):
 
 
 def test_rows_come_back_in_order_whatever_the_batch(model):
+  options = {"max_length": 11, "buckets": (40,)}
   with jax.enable_x64(True):
-    alone = [model.generate([prompt], max_length=11, buckets=(40,), batch_size=1) for prompt in PROMPTS]
+    alone = [model.generate([prompt], batch_size=1, **options) for prompt in PROMPTS]
     for batch_size in (2, 5, 8):
-      together = model.generate(PROMPTS, max_length=11, buckets=(40,), batch_size=batch_size)
+      together = model.generate(PROMPTS, batch_size=batch_size, **options)
       for row, one in enumerate(alone):
         assert together.tokens[row].tolist() == one.tokens[0].tolist()
         assert together.calls[row] == one.calls[0]
         assert together.traces[row] == one.traces[0]
       assert len(together.seconds) == len(together.is_warm) == -(-5 // batch_size)
-    assert model.generate(PROMPTS, max_length=11, buckets=(40,), batch_size=8).is_warm == [True]
+    assert model.generate(PROMPTS, batch_size=8, **options).is_warm == [True]
 
 
 def test_traces_add_up_to_the_tokens(model):
