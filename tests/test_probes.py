@@ -1,5 +1,7 @@
 """Probes seed drafts and change nothing: real columns never see them."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +21,8 @@ CONFIG = ModelConfig(
 ).with_dtype("float64")
 LENGTHS = np.array([5, 2])
 SLOTS = 12
-TREES = {"chain": [-1, 0, 1, 2], "branches": [-1, 0, 0, 1, 1, 2]}
+# Of one size, so that they share compiled programs.
+TREES = {"chain": [-1, 0, 1, 2, 3, 4], "branches": [-1, 0, 0, 1, 1, 2]}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -45,13 +48,15 @@ def call(x64):
   mask = jnp.array([[True] * 6, [True] * 3 + [False] * 3])
   cross = model.apply({"params": view}, draw(2, 6, 16), method="cross_keys_values")
 
-  def run(tokens, tree, probes=None, past=None):
-    visible = trees.ancestors(tree)[None]
+  @functools.partial(jax.jit, static_argnames="probes")
+  def block(view, tokens, depth, visible, past, probes):
     return model.apply(
-        {"params": view}, tokens, jnp.asarray(tree.depth)[None], visible,
-        cache if past is None else past, jnp.asarray(LENGTHS), cross, mask, probes,
+        {"params": view}, tokens, depth, visible, past, LENGTHS, cross, mask, probes,
         method="decode_block",
     )
+
+  def run(tokens, tree, probes=None, past=cache):
+    return block(view, tokens, tree.depth[None], trees.ancestors(tree)[None], past, probes)
 
   run.embedding = view["embedding"]
   run.cache = cache
@@ -72,6 +77,7 @@ def random_tokens(nodes):
   return jnp.asarray(np.random.default_rng(nodes).integers(2, 40, [2, nodes]))
 
 
+@functools.cache
 def noise_states(per_node):
   return lambda x: jnp.sin(jnp.arange(x.size * per_node, dtype=x.dtype)).reshape(
       x.shape[:2] + (per_node, x.shape[2])
