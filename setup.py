@@ -12,8 +12,28 @@ EXTRAS = {
     "plan-tpu": ["libtpu>=0.0.42,<0.1"],
     # Peers that the benchmark runs beside this package.
     "bench": ["torch>=2.9", "transformers>=5.0,<6", "ctranslate2>=4.6"],
+    # Preparing data; neither training nor decoding imports TensorFlow.
+    "data": [
+        "array_record>=0.8",
+        "clu>=0.0.12",
+        "docstring_parser>=0.18",
+        "importlib_resources>=6",  # TFDS needs it and doesn't ask for it.
+        "rouge_score>=0.1.2",
+        "seqio==0.0.20",
+        "tensorflow>=2.21,<2.22",
+        "tensorflow-datasets>=4.9.10,<5",
+        "tensorflow-text>=2.21,<2.22",
+    ],
+    # Further sources of the `docstrings` corpus; nothing imports them.
+    "corpus": [
+        "SQLAlchemy", "astropy", "botorch", "cirq-core", "dask", "diffusers", "matplotlib", "mne",
+        "pandas", "qiskit", "scikit-learn", "statsmodels", "tensorflow-probability",
+        "torchmetrics", "xarray",
+    ],
 }
-EXTRAS["test"] = ["pytest>=8", "hypothesis>=6", "ruff", *EXTRAS["bench"], *EXTRAS["plan-tpu"]]
+EXTRAS["test"] = [
+    "pytest>=8", "hypothesis>=6", "ruff", *EXTRAS["bench"], *EXTRAS["plan-tpu"], *EXTRAS["data"]
+]
 
 setup(
     name="bpd_jax",
@@ -24,6 +44,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["bpd_jax", "bpd_jax.*"]),
+    package_data={"bpd_jax": ["data/files/*"]},
     install_requires=[
         "absl-py>=2",
         "flax>=0.12.4,<0.13",
