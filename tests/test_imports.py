@@ -29,6 +29,7 @@ FLOORS = {
     "bpd_jax.configurables": 4,
     "bpd_jax.evaluate": 4,
     "bpd_jax.plan": 4,
+    "bpd_jax.benchmark": 4,
     "bpd_jax.export": 4,
     "bpd_jax.import_checkpoint": 4,
 }
@@ -79,6 +80,8 @@ def test_every_module_has_a_floor():
 def test_every_import_points_down():
   upward = []
   for name, path in modules():
+    if floor(name) is None:
+      continue  # Named by the test before.
     for target in imports_of(path):
       if not is_below(target, "bpd_jax"):
         continue
