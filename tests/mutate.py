@@ -36,7 +36,7 @@ class Mutation:
 
 
 LOOP = ("tests/test_accept.py", "tests/test_loop.py")
-MODEL = ("tests/test_exactness.py", "-k", "float64")
+MODEL = ("tests/test_exactness.py", "-k", "float64 and t5_1_1")
 MUTATIONS = (
     Mutation("depth bias off by one", "model/decoder.py",
              "position = lengths[:, None] + depth", "position = lengths[:, None] + depth + 1",
@@ -72,11 +72,24 @@ MUTATIONS = (
     Mutation("keys of the nodes in tree order", "decoding/cache.py",
              "path = step.path[:, None, :, None]",
              "path = (0 * step.path + jnp.arange(step.path.shape[1]))[:, None, :, None]", LOOP),
+    Mutation("siblings visible", "decoding/tree.py",
+             "(node[:, None] == node)", "(node[:, None] >= node)", LOOP),
+    Mutation("limit of a row ignored", "decoding/loop.py",
+             "num_tokens=jnp.minimum(step.num_tokens, budget)",
+             "num_tokens=jnp.where(budget > 0, step.num_tokens, 0)", LOOP),
+    Mutation("no relative bias among the nodes", "model/decoder.py",
+             "      own_bias = mask_bias(self.relpos_bias(position, position),",
+             "      own_bias = mask_bias(0 * self.relpos_bias(position, position),", MODEL),
     Mutation("uncommitted slots visible", "model/decoder.py",
              "(slot < lengths[:, None])", "(slot <= lengths[:, None])", MODEL),
     Mutation("padding of the input visible", "model/decoder.py",
              "encoder_mask[:, None, None, :]", "jnp.ones_like(encoder_mask)[:, None, None, :]",
              MODEL),
+    Mutation("probes one position late", "model/probes.py",
+             "position[:, :, None] + 1 +", "position[:, :, None] + 2 +",
+             ("tests/test_probes.py",)),
+    Mutation("any difference a near tie", "evaluation/exactness.py",
+             "margin <= tolerance)", "True)", ("tests/test_exactness.py", "-k", "wrong_token")),
     Mutation("write doesn't wait for the call", "decoding/cache.py",
              "starts = jnp.where(step.tokens[:, 0] >= 0, cache.lengths, 0)",
              "starts = cache.lengths", ("tests/test_compiled.py", "-k", "copies")),
