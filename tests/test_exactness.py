@@ -13,7 +13,7 @@ from bpd_jax.evaluation.exactness import check_differences, Difference, find_dif
 from bpd_jax.generation import Generator
 from bpd_jax.interchange.huggingface import import_model
 from bpd_jax.model.config import ModelConfig
-from bpd_jax.model.model import decode_view, init_params
+from bpd_jax.model.model import decode_view, EncoderDecoder, init_params
 from bpd_jax.partitioning import single_device
 
 MAX_LENGTH = 18
@@ -182,6 +182,16 @@ def wide():
   return params, generator, prompts, greedy
 
 
+def float64_logits(params, prompt, tokens):
+  """[length, vocab] of one row, without padding."""
+  with jax.enable_x64(True):
+    model = EncoderDecoder(FLOAT32.with_dtype("float64"), single_device())
+    variables = {"params": jax.tree.map(np.float64, params)}
+    targets = np.array([[0, *tokens[:-1]]])
+    return np.asarray(model.apply(variables, np.array([prompt]), np.ones([1, len(prompt)], bool),
+                                  targets))[0]
+
+
 def test_float32_differs_in_near_ties_alone(wide):
   params, generator, prompts, greedy = wide
   known = {"blockwise": None, "reference": greedy.tokens}
@@ -224,6 +234,9 @@ def test_a_wrong_token_is_not_a_near_tie(wide):
   assert found[0].token == wrong[3][7] and found[0].greedy_token == greedy.tokens[3][7]
   assert found[1].token == 1 and found[1].greedy_token == greedy.tokens[8][4]
   assert all(not x.is_near_tie and x.margin > 1e-2 for x in found)
+  for x in found:
+    logits = float64_logits(params, prompts[x.row], greedy.tokens[x.row])[x.position]
+    assert abs(abs(logits[x.token] - logits[x.greedy_token]) - x.margin) < 1e-9
   assert "NOT a near tie" in str(found[0]) and "position 7" in str(found[0])
   assert not check_differences(found, 10_000)
 
