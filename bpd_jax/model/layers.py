@@ -3,8 +3,8 @@
 Parameters have T5X's names and logical axes. With `is_view` a layer reads the
 decode-time view of its parameters (`decode_view` in `model.py`): kernels lie
 [out, in], and projections of the same input are one kernel. A call with few
-rows is bound by reading the weights, and a CPU reads them that way 1.4 to 1.8
-times as fast; the arithmetic is the same.
+rows is bound by reading the weights, which a CPU does faster that way; the
+arithmetic is the same.
 """
 
 from collections.abc import Callable

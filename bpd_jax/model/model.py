@@ -157,8 +157,8 @@ def decode_view(config: ModelConfig, params: Any) -> Any:
   """Parameters as decoding reads them.
 
   The decoder's layers are unstacked, so that a call reads each weight where it
-  lies instead of slicing it out of the stack. What every call reads lies [out,
-  in], and kernels of the same input are one: queries, keys and values of
+  lies instead of slicing it out of the stack; so are the heads. What every call
+  reads lies [out, in], and kernels of the same input are one: queries, keys and values of
   self-attention, and the two inputs of a gated feed-forward layer. The encoder
   and cross-attention's keys and values run once a prompt and stay as they are.
 
@@ -194,5 +194,8 @@ def decode_view(config: ModelConfig, params: Any) -> Any:
   if not config.is_tied:
     view["logits_kernel"] = turn(view["logits_kernel"])
   if config.block_size > 1:
-    view["heads"] = jax.tree.map(turn, view["heads"])
+    view["heads"] = {
+        f"{name}_{i + 2}": turn(kernel)
+        for name, stacked in params["heads"].items() for i, kernel in enumerate(stacked)
+    }
   return view
