@@ -5,8 +5,9 @@
 The model is a random T5 1.1 small with 8 heads in float32. The column of its
 output projection that belongs to EOS is zero: some other logit of the 32,127 is
 positive, so no engine ever ends a row and all of them make the same number of
-tokens. Every engine gets the same weights, inputs, cores and number of threads,
-in the same process. Repeats alternate between the engines, and a ratio is the
+tokens. Every engine gets the same weights, inputs, cores and number of threads.
+The others run in processes of their own: beside XLA's libraries PyTorch takes
+twice as long. Repeats alternate between the engines, and a ratio is the
 median of the ratios of neighbours, so that a machine that is slower for a while
 is slower for both. Compilation and warm-up are left out, waiting for the last
 result isn't.
@@ -19,6 +20,7 @@ import functools
 import importlib.metadata
 import importlib.util
 import json
+import multiprocessing
 import os
 from pathlib import Path
 import statistics
@@ -160,6 +162,49 @@ def random_params(config: ModelConfig, seed: int = 0) -> Any:
   return params
 
 
+class Worker:
+  """An engine in a process of its own; a call sends the inputs and waits.
+
+  The process is a fresh one, with the cores and the environment of this one.
+  """
+
+  def __init__(self, load: Callable[..., Run], *args: Any):
+    context = multiprocessing.get_context("spawn")
+    self._pipe, end = context.Pipe()
+    self._process = context.Process(target=_serve, args=(end, load, args), daemon=True)
+    self._process.start()
+    end.close()
+    self._receive()
+
+  def __call__(self, inputs: np.ndarray) -> tuple[np.ndarray, float]:
+    self._pipe.send(inputs)
+    return self._receive()
+
+  def close(self) -> None:
+    """Ends the process."""
+    self._pipe.close()
+    self._process.join()
+
+  def _receive(self) -> Any:
+    answer = self._pipe.recv()
+    if isinstance(answer, Exception):
+      raise answer
+    return answer
+
+
+def _serve(pipe: Any, load: Callable[..., Run], args: Sequence[Any]) -> None:
+  """The body of a worker: loads, then answers until the pipe closes."""
+  try:
+    run = load(*args)
+    pipe.send(None)
+    while True:
+      pipe.send(run(pipe.recv()))
+  except EOFError:
+    pass
+  except Exception as error:
+    pipe.send(error)
+
+
 def load_transformers(folder: Path, options: Options) -> Run:
   """transformers on PyTorch: `generate` with its cache, greedy."""
   import torch
@@ -197,10 +242,13 @@ def make_words_distinct(file: Path) -> None:
   file.write_text(json.dumps(words), encoding="utf-8")
 
 
-def load_ctranslate2(folder: Path, options: Options, compute_type: str) -> Run:
-  """CTranslate2, greedy, from the folder that its own converter made."""
+def load_ctranslate2(source: Path, options: Options, compute_type: str) -> Run:
+  """CTranslate2, greedy, from a folder that its own converter makes of transformers'."""
   import ctranslate2
 
+  folder = source.with_name(f"ctranslate2_{compute_type}")
+  ctranslate2.converters.TransformersConverter(str(source)).convert(str(folder))
+  make_words_distinct(folder / VOCABULARY_FILE)
   translator = ctranslate2.Translator(
       str(folder), device="cpu", compute_type=compute_type, inter_threads=1,
       intra_threads=options.threads,
@@ -223,7 +271,7 @@ def load_ctranslate2(folder: Path, options: Options, compute_type: str) -> Run:
 
 def load_peers(
     config: ModelConfig, params: Any, options: Options, folder: Path, say: Callable[[str], None]
-) -> dict[str, Run]:
+) -> dict[str, Worker]:
   """The other engines that can run here, all with these weights.
 
   Args:
@@ -233,7 +281,7 @@ def load_peers(
     folder: an empty folder for their files.
     say: gets one line for each engine that is left out.
   """
-  runs: dict[str, Run] = {}
+  workers: dict[str, Worker] = {}
   for name, packages in PACKAGES.items():
     missing = [package for package in packages if importlib.util.find_spec(package) is None]
     if missing:
@@ -242,18 +290,13 @@ def load_peers(
     if not (folder / "transformers").exists():
       export_model(folder / "transformers", config, jax.device_get(params))
     if name == "transformers":
-      runs[name] = load_transformers(folder / "transformers", options)
+      workers[name] = Worker(load_transformers, folder / "transformers", options)
       continue
-    import ctranslate2
-
-    converter = ctranslate2.converters.TransformersConverter(str(folder / "transformers"))
-    converter.convert(str(folder / "ctranslate2"))
-    make_words_distinct(folder / "ctranslate2" / VOCABULARY_FILE)
     for compute_type in ("float32", "int8"):
-      runs[f"{name} {compute_type}"] = load_ctranslate2(
-          folder / "ctranslate2", options, compute_type
+      workers[f"{name} {compute_type}"] = Worker(
+          load_ctranslate2, folder / "transformers", options, compute_type
       )
-  return runs
+  return workers
 
 
 def measure(
@@ -295,10 +338,14 @@ def measure(
       progress.advance(task)
       return result
 
-    return [
-        _measure_batch(decoder, peers, widths, batch_size, timed)
-        for batch_size in options.batch_sizes
-    ]
+    try:
+      return [
+          _measure_batch(decoder, peers, widths, batch_size, timed)
+          for batch_size in options.batch_sizes
+      ]
+    finally:
+      for peer in peers.values():
+        peer.close()
 
 
 def call_widths(options: Options) -> list[int]:
@@ -307,7 +354,7 @@ def call_widths(options: Options) -> list[int]:
 
 
 def _measure_batch(
-    decoder: Decoder, peers: dict[str, Run], widths: Sequence[int], batch_size: int, timed
+    decoder: Decoder, peers: dict[str, Worker], widths: Sequence[int], batch_size: int, timed
 ) -> dict[str, Any]:
   """The record of one batch size; see `measure`."""
   config, options = decoder.config, decoder.options
