@@ -39,7 +39,8 @@ class Context:
   """What every decoder call reads of the prompts.
 
   Attributes:
-    cross: keys and values a decoder layer, [batch, heads, input length, d_kv].
+    cross: a pair a decoder layer, keys [batch, heads, d_kv, input length] and
+      values [batch, heads, input length, d_kv].
     mask: [batch, input length] bool, which input tokens count.
   """
 
@@ -179,9 +180,12 @@ def start_state(
       config.d_kv,
       config.dtype,
   )
-  names = ("batch", "heads", "length", "kv")
-  place = lambda leaves: tuple(model.partitioning.constrain(leaf, names) for leaf in leaves)
-  cache = cache.replace(keys=place(cache.keys), values=place(cache.values))
+  place = lambda leaves, *names: tuple(
+      model.partitioning.constrain(leaf, ("batch", "heads", *names)) for leaf in leaves
+  )
+  cache = cache.replace(
+      keys=place(cache.keys, "kv", "length"), values=place(cache.values, "length", "kv")
+  )
   hidden = jnp.zeros([limits.shape[0], config.d_model], config.dtype)
   return loop.initial_state(
       cache,

@@ -70,8 +70,9 @@ MUTATIONS = (
              "lengths=cache.lengths + step.num_tokens",
              "lengths=cache.lengths + step.path.shape[1]", LOOP),
     Mutation("keys of the nodes in tree order", "decoding/cache.py",
-             "path = step.path[:, None, :, None]",
-             "path = (0 * step.path + jnp.arange(step.path.shape[1]))[:, None, :, None]", LOOP),
+             "path = jnp.expand_dims(step.path, sorted({1, 2, 3} - {axis}))",
+             "path = jnp.expand_dims(0 * step.path + jnp.arange(step.path.shape[1]), "
+             "sorted({1, 2, 3} - {axis}))", LOOP),
     Mutation("siblings visible", "decoding/tree.py",
              "(node[:, None] == node)", "(node[:, None] >= node)", LOOP),
     Mutation("limit of a row ignored", "decoding/loop.py",

@@ -57,7 +57,7 @@ class TableModel:
   def empty_cache(self, batch: int, length: int) -> Cache:
     shape = (batch, 1, length, 1)
     return Cache(
-        keys=(jnp.zeros(shape, jnp.int32),),
+        keys=(jnp.zeros((batch, 1, 1, length), jnp.int32),),
         values=(jnp.zeros(shape, jnp.int32),),
         lengths=jnp.zeros([batch], jnp.int32),
     )
@@ -66,8 +66,8 @@ class TableModel:
     """The `Verify` for rows with these seeds and EOS positions, [batch] each."""
 
     def run(cache: Cache, tree: Tree) -> Verified:
-      slot = jnp.arange(cache.keys[0].shape[2])
-      token, tag = cache.keys[0][:, 0, :, 0], cache.values[0][:, 0, :, 0]
+      slot = jnp.arange(cache.keys[0].shape[3])
+      token, tag = cache.keys[0][:, 0, 0], cache.values[0][:, 0, :, 0]
       known = slot < cache.lengths[:, None]
       # The tag must be the slot's own position: a shifted write is then seen.
       committed = jnp.where(
@@ -83,7 +83,7 @@ class TableModel:
       return Verified(
           choice=jnp.argmax(logits, -1).astype(jnp.int32),
           hidden=jnp.zeros(tree.tokens.shape + (1,), jnp.float32),
-          keys=(tree.tokens[:, None, :, None],),
+          keys=(tree.tokens[:, None, None, :],),
           values=((position + 1)[:, None, :, None].astype(jnp.int32),),
           logits=logits,
       )

@@ -145,7 +145,7 @@ moves = r" (all-gather|all-reduce|all-to-all|collective-\w+|reduce-scatter)(-sta
 for method, width in (("greedy", 1), ("blockwise", 8)):
   settings = DecodeSettings(method, width, width, here.MAX_LENGTH)
   state = generation._START(many.model, settings, limits, None, jax.random.key(0))
-  cache = state.cache.keys[0]
+  cache = state.cache.values[0]
   hlo = generation._DECODE.lower(many.model, settings, many.view, context, state)
   hlo = hlo.compile().as_text()
   lines = [line for line in hlo.splitlines() if re.search(moves, line)]

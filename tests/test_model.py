@@ -101,7 +101,7 @@ def test_blocks_over_the_cache_are_the_whole_pass(setup, rows, splits):
     at = np.minimum(lengths[:, None] + step, 9)
     hidden, keys, values, _ = read(
         view, "decode_block", np.take_along_axis(targets, at, 1), step[None], visible,
-        [(k, v) for k, v in cache], lengths, cross, mask,
+        [(k.swapaxes(2, 3), v) for k, v in cache], lengths, cross, mask,
     )
     for row, size in enumerate(sizes):
       start, end = lengths[row], lengths[row] + size
@@ -109,7 +109,7 @@ def test_blocks_over_the_cache_are_the_whole_pass(setup, rows, splits):
           hidden[row, :size], expected[row, start:end], rtol=0, atol=1e-10
       )
       for layer in range(config.num_decoder_layers):
-        cache[layer, 0, row, :, start:end] = keys[layer][row, :, :size]
+        cache[layer, 0, row, :, start:end] = keys[layer][row, :, :, :size].swapaxes(1, 2)
         cache[layer, 1, row, :, start:end] = values[layer][row, :, :size]
       lengths[row] = end
   assert lengths.tolist() == [10, 10]

@@ -27,6 +27,7 @@ SPLIT = {
     ("batch", "length", "mlp"): ["data", "fsdp", "model"],
     ("batch", "length", "heads", "kv"): ["data", "fsdp", "model"],
     ("batch", "heads", "length", "kv"): ["data", "fsdp", "model"],
+    ("batch", "heads", "kv", "length"): ["data", "fsdp", "model"],
 }
 
 

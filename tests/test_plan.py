@@ -88,7 +88,7 @@ def test_operations_are_those_of_the_model(nodes, is_gated):
   num_heads = min(nodes, config.block_size) - 1
   shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.bfloat16)
   keys = lambda length: tuple(
-      (shape(rows, 3, length, 2), shape(rows, 3, length, 2))
+      (shape(rows, 3, 2, length), shape(rows, 3, length, 2))
       for _ in range(config.num_decoder_layers)
   )
 

@@ -27,10 +27,12 @@ def empty_cache(
   Returns:
     A cache of zeros, all lengths 0.
   """
-  shape = (batch, num_heads, length, head_dim)
+  make = lambda *sizes: tuple(
+      jnp.zeros((batch, num_heads, *sizes), dtype) for _ in range(num_layers)
+  )
   return Cache(
-      keys=tuple(jnp.zeros(shape, dtype) for _ in range(num_layers)),
-      values=tuple(jnp.zeros(shape, dtype) for _ in range(num_layers)),
+      keys=make(head_dim, length),
+      values=make(length, head_dim),
       lengths=jnp.zeros([batch], jnp.int32),
   )
 
@@ -68,24 +70,24 @@ def commit(cache: Cache, verified: Verified, step: Step) -> Cache:
 
   Args:
     cache: before the call.
-    verified: keys and values of the nodes, [batch, heads, nodes, head_dim].
+    verified: keys and values of the nodes.
     step: path [batch, max_depth + 1] and how many of its entries count.
 
   Returns:
     The cache with `step.num_tokens` more slots in use in each row.
   """
-  path = step.path[:, None, :, None]
   # No token is negative, which XLA doesn't know: the write waits for the call's
   # last result, so every layer reads its cache before that is overwritten. A
   # tree of one node has no other such tie, and XLA would copy the whole cache.
   starts = jnp.where(step.tokens[:, 0] >= 0, cache.lengths, 0)
 
-  def append(buffer: Array, nodes: Array) -> Array:
-    block = jnp.take_along_axis(nodes, path, axis=2).astype(buffer.dtype)
-    return write_rows(buffer, block, starts, axis=2)
+  def append(buffer: Array, nodes: Array, axis: int) -> Array:
+    path = jnp.expand_dims(step.path, sorted({1, 2, 3} - {axis}))
+    block = jnp.take_along_axis(nodes, path, axis=axis).astype(buffer.dtype)
+    return write_rows(buffer, block, starts, axis=axis)
 
   return Cache(
-      keys=tuple(map(append, cache.keys, verified.keys)),
-      values=tuple(map(append, cache.values, verified.values)),
+      keys=tuple(append(*pair, 3) for pair in zip(cache.keys, verified.keys)),
+      values=tuple(append(*pair, 2) for pair in zip(cache.values, verified.values)),
       lengths=cache.lengths + step.num_tokens,
   )

@@ -63,8 +63,10 @@ class Cache:
   """Keys and values of the committed prefix; only `commit` writes it.
 
   Attributes:
-    keys: one array a decoder layer, [batch, heads, length, head_dim].
-    values: as keys.
+    keys: one array a decoder layer, [batch, heads, head_dim, length]. Slots
+      last, because a product with queries of several nodes is then twice as
+      fast on a CPU.
+    values: one array a decoder layer, [batch, heads, length, head_dim].
     lengths: [batch] int32; slots at and above a row's length hold no meaning.
   """
 
@@ -80,8 +82,8 @@ class Verified:
   Attributes:
     choice: [batch, nodes] int32, the base model's greedy token after each node.
     hidden: [batch, nodes, d] normed last hidden states.
-    keys: one array a layer, [batch, heads, nodes, head_dim]: the nodes' own.
-    values: as keys.
+    keys: one array a layer, [batch, heads, head_dim, nodes]: the nodes' own.
+    values: likewise, [batch, heads, nodes, head_dim].
     probes: [batch, nodes, k, d] probe states, or None where the drafter has no
       probe that enters below the last layer.
     logits: [batch, nodes, vocab], or None where no acceptance rule reads them.

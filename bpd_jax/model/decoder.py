@@ -39,7 +39,7 @@ class DecoderLayer(nn.Module):
     self.dropout = nn.Dropout(config.dropout_rate, broadcast_dims=(-2,))
 
   def cross_keys_values(self, encoded: Array) -> KeysValues:
-    """[batch, length, d_model] -> keys, values [batch, heads, length, d_kv]."""
+    """[batch, length, d_model] -> keys and values; see `Attention.keys_values`."""
     return self.encoder_decoder_attention.keys_values(encoded)
 
   def block(
@@ -55,8 +55,8 @@ class DecoderLayer(nn.Module):
       is_training: whether to drop.
 
     Returns:
-      x after the layer, and the columns' own keys and values
-      [batch, heads, columns, d_kv].
+      x after the layer, and the columns' own keys [batch, heads, d_kv, columns]
+      and values [batch, heads, columns, d_kv].
     """
     drop = lambda y: self.dropout(y, deterministic=not is_training)
     attention = self.self_attention
@@ -148,7 +148,8 @@ class Decoder(nn.Module):
       x: [batch, nodes, d_model] embedded tokens.
       depth: [batch or 1, nodes] int32, positions after the committed prefix.
       visible: [batch or 1, nodes, nodes] bool, row sees column.
-      past: committed keys and values a layer, [batch, heads, slots, d_kv].
+      past: committed keys [batch, heads, d_kv, slots] and values [batch, heads,
+        slots, d_kv], a pair a layer.
       lengths: [batch] int32, committed slots.
       cross: from `cross_keys_values`.
       encoder_mask: [batch, encoder length] bool.
@@ -156,12 +157,12 @@ class Decoder(nn.Module):
 
     Returns:
       hidden [batch, nodes, d_model]; keys and values of the nodes, one array a
-      layer, [batch, heads, nodes, d_kv]; probe states [batch, nodes, k,
+      layer, laid out as `past`; probe states [batch, nodes, k,
       d_model] or None.
     """
     batch, nodes, _ = x.shape
     position = lengths[:, None] + depth  # [batch, nodes]
-    slot = jnp.arange(past[0][0].shape[2])[None, :]
+    slot = jnp.arange(past[0][0].shape[3])[None, :]
 
     def biases(position, visible):
       past_bias = mask_bias(
@@ -184,7 +185,7 @@ class Decoder(nn.Module):
       segment = (*past[i], past_bias)
       x, (key, value) = layer.block(x, [segment], own_bias, (*cross[i], cross_bias))
       # Keys and values of probes are never kept.
-      keys.append(key[:, :, :nodes])
+      keys.append(key[..., :nodes])
       values.append(value[:, :, :nodes])
     hidden = self.norm(x)
     states = None

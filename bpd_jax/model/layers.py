@@ -128,8 +128,9 @@ def attend(queries: Array, segments, accum_dtype, drop: Callable[[Array], Array]
 
   Args:
     queries: [batch, queries, heads, d_kv].
-    segments: (keys, values, bias) each: keys and values [batch, heads, n, d_kv],
-      bias [batch or 1, heads or 1, queries or 1, n] with masks in it.
+    segments: (keys, values, bias) each: keys [batch, heads, d_kv, n], values
+      [batch, heads, n, d_kv], bias [batch or 1, heads or 1, queries or 1, n]
+      with masks in it. Laid out so, neither product transposes anything.
     accum_dtype: of scores and softmax.
     drop: dropout on the weights.
 
@@ -138,12 +139,7 @@ def attend(queries: Array, segments, accum_dtype, drop: Callable[[Array], Array]
   """
   scores = []
   for keys, _, bias in segments:
-    if queries.dtype == accum_dtype:
-      # With the keys first a CPU doesn't transpose them in every call.
-      score = jnp.einsum("bhkd,bqhd->bhkq", keys, queries).swapaxes(2, 3)
-    else:
-      # The same of bfloat16 into float32 isn't supported by XLA's CPU backend.
-      score = jnp.einsum("bqhd,bhkd->bhqk", queries, keys, preferred_element_type=accum_dtype)
+    score = jnp.einsum("bqhd,bhdk->bhqk", queries, keys, preferred_element_type=accum_dtype)
     scores.append(score + bias)
   weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1)
   weights = drop(weights.astype(queries.dtype))
@@ -206,15 +202,15 @@ class Attention(nn.Module):
     )
 
   def keys_values(self, x: Array) -> tuple[Array, Array]:
-    """Keys and values, [batch, heads, n, d_kv] each, of [batch, n, d_model]."""
+    """Keys [batch, heads, d_kv, n], values [batch, heads, n, d_kv] of [batch, n, d_model]."""
     keys, values = (
         self._split_heads(project(x, kernel.astype(self.config.dtype), is_view=False))
         for kernel in (self.key, self.value)
     )
-    return keys.swapaxes(1, 2), values.swapaxes(1, 2)
+    return keys.transpose(0, 2, 3, 1), values.swapaxes(1, 2)
 
   def queries_keys_values(self, x: Array) -> tuple[Array, Array, Array]:
-    """Queries [batch, n, heads, d_kv], keys and values [batch, heads, n, d_kv]."""
+    """Queries [batch, n, heads, d_kv], and keys and values as in `keys_values`."""
     if not self.is_view:
       return (self.queries(x), *self.keys_values(x))
     kernel = self.query_key_value.astype(self.config.dtype)
@@ -224,7 +220,7 @@ class Attention(nn.Module):
         self.partitioning.constrain(fused[..., i, :], ("batch", "length", "heads", "kv"))
         for i in range(3)
     )
-    return queries, keys.swapaxes(1, 2), values.swapaxes(1, 2)
+    return queries, keys.transpose(0, 2, 3, 1), values.swapaxes(1, 2)
 
   def queries(self, x: Array) -> Array:
     """Queries alone, for keys and values made before."""
