@@ -5,6 +5,7 @@ one that lies in a model folder.
 """
 
 from collections.abc import Iterable
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -27,6 +28,7 @@ class SentencePieceVocabulary:
 
   Attributes:
     size: ids that text can become: pieces and sentinels.
+    fingerprint: a hash of the model, the same for the same ids.
   """
 
   def __init__(self, path: PathLike):
@@ -38,6 +40,7 @@ class SentencePieceVocabulary:
       raise InputError("vocabulary", str(path), "a SentencePiece model file") from error
     self._num_pieces = self._model.get_piece_size()
     self.size = self._num_pieces + NUM_SENTINELS
+    self.fingerprint = hashlib.sha256(self._model.serialized_model_proto()).hexdigest()[:16]
 
   def encode(self, text: str) -> list[int]:
     """Token ids of a text."""
@@ -64,8 +67,10 @@ class ByteVocabulary:
 
   Attributes:
     size: ids that text can become, bytes and special ids.
+    fingerprint: of every vocabulary of this kind.
   """
 
+  fingerprint = "bytes"
   offset = 3
   size = 256 + 3
 

@@ -1,0 +1,259 @@
+"""Batches for training and evaluation: a function of the step and nothing else.
+
+`Batches.batch(step)` is arithmetic on a seed, so a resumed run sees what an
+undisturbed one would have seen, and so does another number of processes. A
+mixture gives each dataset its share of the rows of every `CYCLE`; within a
+dataset an epoch is a permutation. Packed rows hold several examples, told apart
+by segment numbers.
+"""
+
+from collections.abc import Iterator, Sequence
+import functools
+from typing import Protocol
+
+import numpy as np
+
+from bpd_jax.errors import InputError
+
+# Rows over which the shares of a mixture are met exactly.
+CYCLE = 1000
+# Rows that packing holds open at a time.
+OPEN_ROWS = 64
+
+# encoder_input_tokens [batch, input length] int32, 0 where nothing is
+# encoder_segment_ids [batch, input length] int32, 1, 2, … and 0 where nothing is
+# decoder_input_tokens [batch, target length] int32, targets after a start token 0
+# decoder_target_tokens [batch, target length] int32
+# decoder_segment_ids [batch, target length] int32
+Batch = dict[str, np.ndarray]
+
+
+class Dataset(Protocol):
+  """Examples by number, as `TokenCache` has them.
+
+  Attributes:
+    name: in messages and metrics.
+    lengths: [examples, 2] int, tokens of inputs and targets.
+  """
+
+  name: str
+  lengths: np.ndarray
+
+  def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+    """Inputs and targets, int32, EOS included."""
+
+
+class Batches:
+  """A mixture of datasets in rows of fixed lengths, in an order drawn from a seed.
+
+  Attributes:
+    batch_size: rows of all processes together.
+    num_rows: of each dataset; fewer than examples where rows are packed.
+  """
+
+  def __init__(
+      self,
+      datasets: Sequence[Dataset],
+      *,
+      rates: Sequence[float] | None = None,
+      batch_size: int,
+      input_length: int,
+      target_length: int,
+      is_packed: bool = False,
+      eos_id: int = 1,
+      seed: int = 0,
+      process_index: int = 0,
+      process_count: int = 1,
+  ):
+    """Plans the rows.
+
+    Args:
+      datasets: at least one.
+      rates: relative share of the rows for each; by default their numbers of
+        rows, so that all are gone through at the same pace.
+      batch_size: rows of all processes together.
+      input_length: tokens of a row's inputs; longer inputs are cut before an EOS.
+      target_length: tokens of a row's targets; longer targets are cut without
+        an EOS, as a model shouldn't learn to stop there.
+      is_packed: whether rows hold as many examples as fit.
+      eos_id: closes cut inputs.
+      seed: of all orders.
+      process_index: which of the processes this is; it gets its rows only.
+      process_count: how many share a batch.
+
+    Raises:
+      InputError: naming the argument.
+    """
+    if not datasets:
+      raise InputError("datasets", [], "at least one")
+    for name, size in (
+        ("batch_size", batch_size), ("input_length", input_length),
+        ("target_length", target_length),
+    ):
+      if size < 1:
+        raise InputError(name, size, "a positive integer")
+    if batch_size % process_count:
+      raise InputError("batch_size", batch_size, f"a multiple of the {process_count} processes")
+    self.batch_size = batch_size
+    self._datasets = list(datasets)
+    self._shape = (input_length, target_length)
+    self._eos_id = eos_id
+    self._seed = seed
+    local = batch_size // process_count
+    self._places = range(process_index * local, (process_index + 1) * local)
+    self._plans = [
+        pack(self._cut_lengths(dataset), self._shape, np.random.default_rng([seed, i]))
+        if is_packed
+        else None
+        for i, dataset in enumerate(datasets)
+    ]
+    self.num_rows = [
+        len(dataset.lengths) if plan is None else len(plan)
+        for dataset, plan in zip(datasets, self._plans)
+    ]
+    self._shares = shares(self.num_rows if rates is None else rates, datasets)
+    # Which dataset each row of a cycle is from, before it is shuffled.
+    self._cycle = np.repeat(np.arange(len(datasets)), self._shares)
+
+  def batch(self, step: int) -> Batch:
+    """This process's rows of a step, from 0 on."""
+    first = step * self.batch_size
+    rows = [self._examples(first + place) for place in self._places]
+    return assemble(rows, *self._shape, eos_id=self._eos_id)
+
+  def steps_per_epoch(self) -> float:
+    """Batches until the dataset that takes longest has been gone through once."""
+    slowest = max(n * CYCLE / share for n, share in zip(self.num_rows, self._shares))
+    return slowest / self.batch_size
+
+  def _examples(self, position: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The examples of a row, by its place in the endless order."""
+    cycle, place = divmod(position, CYCLE)
+    order, ranks = self._cycle_order(cycle)
+    which = order[place]
+    use = cycle * self._shares[which] + ranks[place]
+    epoch, place = divmod(int(use), self.num_rows[which])
+    row = self._epoch_order(which, epoch)[place]
+    plan, dataset = self._plans[which], self._datasets[which]
+    return [dataset[i] for i in ([row] if plan is None else plan[row])]
+
+  @functools.lru_cache(maxsize=4)
+  def _cycle_order(self, cycle: int) -> tuple[np.ndarray, np.ndarray]:
+    """The dataset of each row of a cycle, and how many of it came before."""
+    order = np.random.default_rng([self._seed, 1 << 20, cycle]).permutation(self._cycle)
+    ranks = np.zeros_like(order)
+    for which, share in enumerate(self._shares):
+      ranks[order == which] = np.arange(share)
+    return order, ranks
+
+  @functools.lru_cache(maxsize=64)
+  def _epoch_order(self, which: int, epoch: int) -> np.ndarray:
+    """A dataset's rows in the order of an epoch."""
+    rng = np.random.default_rng([self._seed, which, epoch])
+    return rng.permutation(self.num_rows[which])
+
+  def _cut_lengths(self, dataset: Dataset) -> np.ndarray:
+    return np.minimum(dataset.lengths, self._shape)
+
+
+def shares(rates: Sequence[float], datasets: Sequence[Dataset]) -> list[int]:
+  """Rows of each dataset in a cycle, by largest remainders; they sum to `CYCLE`.
+
+  Raises:
+    InputError: where there aren't as many rates as datasets, or one of them
+      is so small that the dataset would never come.
+  """
+  if len(rates) != len(datasets) or min(rates) <= 0:
+    raise InputError("rates", list(rates), f"{len(datasets)} positive numbers")
+  exact = np.asarray(rates, float) / sum(rates) * CYCLE
+  counts = np.floor(exact).astype(int)
+  for which in np.argsort(counts - exact, kind="stable")[: CYCLE - counts.sum()]:
+    counts[which] += 1
+  if not counts.all():
+    name = datasets[int(np.argmin(counts))].name
+    raise InputError("rates", list(rates), f"at least 1 in {CYCLE} for {name}")
+  return counts.tolist()
+
+
+def pack(
+    lengths: np.ndarray, room: tuple[int, int], rng: np.random.Generator
+) -> list[list[int]]:
+  """Puts examples into rows, first fit over a random order.
+
+  Args:
+    lengths: [examples, 2], each at most `room`.
+    room: input and target tokens of a row.
+    rng: of the order.
+
+  Returns:
+    Numbers of the examples in each row.
+  """
+  free = np.zeros([OPEN_ROWS, 2], np.int64)
+  opened: list[list[int]] = [[] for _ in range(OPEN_ROWS)]
+  rows = []
+  for i in rng.permutation(len(lengths)):
+    fits = np.flatnonzero((free >= lengths[i]).all(axis=1))
+    if len(fits):
+      slot = fits[0]
+    else:
+      # The fullest row makes place for a new one.
+      slot = int(np.argmin(free.sum(axis=1)))
+      if opened[slot]:
+        rows.append(opened[slot])
+      opened[slot], free[slot] = [], room
+    opened[slot].append(int(i))
+    free[slot] -= lengths[i]
+  return rows + [row for row in opened if row]
+
+
+def assemble(
+    rows: Sequence[Sequence[tuple[np.ndarray, np.ndarray]]],
+    input_length: int,
+    target_length: int,
+    *,
+    eos_id: int = 1,
+) -> Batch:
+  """Rows of examples as arrays.
+
+  Args:
+    rows: the examples of each row, in order; an empty row is all padding.
+    input_length: tokens of a row's inputs.
+    target_length: tokens of a row's targets.
+    eos_id: closes inputs that are cut.
+  """
+  batch = {
+      name: np.zeros([len(rows), length], np.int32)
+      for name, length in (
+          ("encoder_input_tokens", input_length), ("encoder_segment_ids", input_length),
+          ("decoder_input_tokens", target_length), ("decoder_target_tokens", target_length),
+          ("decoder_segment_ids", target_length),
+      )
+  }
+  for i, examples in enumerate(rows):
+    starts = np.zeros(2, int)
+    for segment, (inputs, targets) in enumerate(examples, start=1):
+      if len(inputs) > input_length:
+        inputs = np.append(inputs[: input_length - 1], eos_id)
+      targets = targets[:target_length]
+      encoder, decoder = (
+          slice(start, start + len(tokens)) for start, tokens in zip(starts, (inputs, targets))
+      )
+      batch["encoder_input_tokens"][i, encoder] = inputs
+      batch["encoder_segment_ids"][i, encoder] = segment
+      batch["decoder_input_tokens"][i, decoder] = [0, *targets[:-1]]
+      batch["decoder_target_tokens"][i, decoder] = targets
+      batch["decoder_segment_ids"][i, decoder] = segment
+      starts += len(inputs), len(targets)
+  return batch
+
+
+def in_order(
+    dataset: Dataset, batch_size: int, input_length: int, target_length: int,
+    max_examples: int | None = None,
+) -> Iterator[Batch]:
+  """The first examples of a dataset once, unpacked; the last batch ends in empty rows."""
+  count = len(dataset.lengths) if max_examples is None else max_examples
+  count = min(count, len(dataset.lengths))
+  for first in range(0, count, batch_size):
+    rows = [[dataset[i]] if i < count else [] for i in range(first, first + batch_size)]
+    yield assemble(rows, input_length, target_length)

@@ -1,0 +1,204 @@
+"""Batches are arithmetic: order, shares, packing, processes."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from bpd_jax.data.batches import assemble, Batches, CYCLE, in_order, pack, shares
+from bpd_jax.data.token_cache import TokenCache, write_cache
+from bpd_jax.errors import InputError
+from bpd_jax.vocabulary import ByteVocabulary
+
+
+class Numbers:
+  """Example i is i + 10 and EOS on both sides, `length` tokens long."""
+
+  def __init__(self, name, count, length=2, start=0):
+    self.name = name
+    self.lengths = np.full([count, 2], length)
+    self._start = start
+
+  def __getitem__(self, i):
+    row = np.array([self._start + i + 10] * (self.lengths[i, 0] - 1) + [1], np.int32)
+    return row, row
+
+
+class Ragged:
+  """Examples of random lengths whose tokens are the example's number + 10."""
+
+  name = "ragged"
+
+  def __init__(self, count, most=9, seed=0):
+    self.lengths = np.random.default_rng(seed).integers(1, most, [count, 2], endpoint=True)
+
+  def __getitem__(self, i):
+    inputs, targets = (np.full([n], i + 10, np.int32) for n in self.lengths[i])
+    inputs[-1] = targets[-1] = 1
+    return inputs, targets
+
+
+def firsts(batches, steps):
+  """The first token of every row of some steps, less 10."""
+  return [
+      int(row[0]) - 10 for step in steps for row in batches.batch(step)["encoder_input_tokens"]
+  ]
+
+
+def make(datasets, **options):
+  return Batches(datasets, **{
+      "batch_size": 4, "input_length": 8, "target_length": 8, **options
+  })
+
+
+def test_an_epoch_shows_every_example_once_and_the_next_in_another_order():
+  batches = make([Numbers("a", 20)])
+  first, second = firsts(batches, range(5)), firsts(batches, range(5, 10))
+  assert sorted(first) == sorted(second) == list(range(20))
+  assert first != second != sorted(second)
+  assert batches.steps_per_epoch() == 5
+
+
+def test_a_batch_depends_on_seed_and_step_alone():
+  batches, again = (make([Numbers("a", 50), Numbers("b", 9, start=100)], seed=3) for _ in "ab")
+  firsts(batches, range(30))
+  for step in (7, 0, 29):
+    for name, array in batches.batch(step).items():
+      np.testing.assert_array_equal(array, again.batch(step)[name])
+  other = make([Numbers("a", 50), Numbers("b", 9, start=100)], seed=4)
+  assert firsts(other, range(10)) != firsts(batches, range(10))
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_processes_share_the_rows_of_one_batch(is_packed):
+  dataset = Ragged(60)
+  options = {"batch_size": 6, "is_packed": is_packed}
+  whole = make([dataset], **options)
+  for count in (2, 3):
+    parts = [
+        make([dataset], **options, process_index=i, process_count=count) for i in range(count)
+    ]
+    for step in (0, 5, 11):
+      for name, array in whole.batch(step).items():
+        joined = np.concatenate([part.batch(step)[name] for part in parts])
+        np.testing.assert_array_equal(joined, array)
+
+
+def test_a_mixture_keeps_its_rates_and_goes_through_each_dataset():
+  datasets = [Numbers("a", 100), Numbers("b", 40, start=1000), Numbers("c", 7, start=2000)]
+  batches = make(datasets, rates=[5, 3, 2], batch_size=10)
+  rows = firsts(batches, range(2 * CYCLE // 10))
+  counts = Counter(row // 1000 for row in rows)
+  assert counts == {0: CYCLE, 1: 3 * CYCLE // 5, 2: 2 * CYCLE // 5}
+  # 600 rows of 40 examples: 15 each.
+  assert set(Counter(row for row in rows if 1000 <= row < 2000).values()) == {15}
+  # Well mixed: 40 rows in a row hold all three.
+  assert all({row // 1000 for row in rows[i : i + 40]} == {0, 1, 2} for i in range(0, 900, 40))
+
+
+def test_default_rates_follow_the_numbers_of_rows():
+  assert shares([30, 10], [None, None]) == [750, 250]
+  assert shares([1, 1, 1], [None] * 3) == [334, 333, 333]
+  batches = make([Numbers("a", 30), Numbers("b", 10, start=1000)])
+  assert sorted(firsts(batches, range(250)))[-250:] == sorted(list(range(1000, 1010)) * 25)
+
+
+def test_packing_places_every_example_once_where_it_fits():
+  dataset = Ragged(500, most=20)
+  room = (30, 24)
+  rows = pack(dataset.lengths, room, np.random.default_rng(0))
+  assert sorted(i for row in rows for i in row) == list(range(500))
+  totals = np.array([dataset.lengths[row].sum(axis=0) for row in rows])
+  assert (totals <= room).all()
+  # Well filled on the tighter side.
+  assert (totals / room).max(axis=1).mean() > 0.9
+
+
+def test_packed_rows_hold_segments_with_their_own_starts():
+  a, b = ([5, 6, 1], [7, 1]), ([8, 1], [9, 9, 1])
+  batch = assemble([[a, b], []], 7, 6)
+  expected = {
+      "encoder_input_tokens": [5, 6, 1, 8, 1, 0, 0],
+      "encoder_segment_ids": [1, 1, 1, 2, 2, 0, 0],
+      "decoder_input_tokens": [0, 7, 0, 9, 9, 0],
+      "decoder_target_tokens": [7, 1, 9, 9, 1, 0],
+      "decoder_segment_ids": [1, 1, 2, 2, 2, 0],
+  }
+  for name, row in expected.items():
+    assert batch[name].tolist() == [row, [0] * len(row)]
+
+
+def test_long_inputs_end_in_eos_and_long_targets_dont():
+  row = np.array([5, 6, 7, 8, 1])
+  batch = assemble([[(row, row)]], 3, 3)
+  assert batch["encoder_input_tokens"].tolist() == [[5, 6, 1]]
+  assert batch["decoder_target_tokens"].tolist() == [[5, 6, 7]]
+  assert batch["decoder_input_tokens"].tolist() == [[0, 5, 6]]
+
+
+def test_in_order_gives_each_example_once_and_pads_with_empty_rows():
+  batches = list(in_order(Numbers("a", 7), 3, 4, 4, max_examples=5))
+  rows = np.concatenate([batch["decoder_target_tokens"] for batch in batches])
+  assert rows[:, 0].tolist() == [10, 11, 12, 13, 14, 0]
+  assert not batches[-1]["decoder_segment_ids"][-1].any()
+
+
+@pytest.mark.parametrize("options, name", [
+    ({"batch_size": 0}, "batch_size"),
+    ({"batch_size": 5, "process_count": 2}, "batch_size"),
+    ({"input_length": 0}, "input_length"),
+    ({"rates": [1, 2]}, "rates"),
+    ({"rates": [0]}, "rates"),
+])
+def test_bad_arguments_are_named(options, name):
+  with pytest.raises(InputError, match=name):
+    make([Numbers("a", 9)], **options)
+
+
+def test_a_rate_that_never_comes_is_refused():
+  with pytest.raises(InputError, match="1 in 1000 for b"):
+    make([Numbers("a", 9), Numbers("b", 9)], rates=[10000, 1])
+
+
+EXAMPLES = [([5, 6, 1], [7, 1]), ([1], [8, 8, 8, 1]), ([200, 1], [258, 1])]
+
+
+def write(folder, examples=EXAMPLES):
+  return write_cache(
+      folder, examples, task="toy", split="train", vocabulary=ByteVocabulary()
+  )
+
+
+def test_a_cache_gives_back_what_was_written(tmp_path):
+  for cache in (write(tmp_path / "a"), TokenCache(tmp_path / "a")):
+    assert len(cache) == 3
+    assert cache.name == "toy.train"
+    assert (cache.vocabulary, cache.vocab_size) == ("bytes", 259)
+    assert cache.lengths.tolist() == [[3, 2], [1, 4], [2, 2]]
+    found = [tuple(side.tolist() for side in cache[i]) for i in range(3)]
+    assert found == EXAMPLES
+    assert cache[0][0].dtype == np.int32
+  assert write(tmp_path / "b").fingerprint == cache.fingerprint
+  assert write(tmp_path / "c", EXAMPLES[:2] + [([200], [1, 258, 1])]).fingerprint not in (
+      cache.fingerprint,
+  )
+
+
+def test_a_cache_that_isnt_whole_is_refused(tmp_path):
+  with pytest.raises(InputError, match="prepare"):
+    TokenCache(tmp_path / "missing")
+  write(tmp_path / "a")
+  with pytest.raises(InputError, match="nothing is yet"):
+    write(tmp_path / "a")
+  tokens = tmp_path / "a" / "tokens.bin"
+  tokens.write_bytes(tokens.read_bytes()[:-2])
+  with pytest.raises(InputError, match="3 examples"):
+    TokenCache(tmp_path / "a")
+
+
+def test_nothing_is_left_of_a_cache_that_fails(tmp_path):
+  with pytest.raises(InputError, match="0 … 258"):
+    write(tmp_path / "a", [([5, 300, 1], [1])])
+  with pytest.raises(InputError, match="no examples"):
+    write(tmp_path / "a", [])
+  assert not list(tmp_path.iterdir())
