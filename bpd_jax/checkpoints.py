@@ -5,9 +5,6 @@ parameter straight into its sharding, after comparing what is on disk with what
 `model.json` asks for. Both take any path that Orbax takes on a local disk.
 """
 
-from collections.abc import Iterator
-import contextlib
-import json
 import os
 from pathlib import Path
 import shutil
@@ -15,11 +12,11 @@ from typing import Any
 
 from flax import traverse_util
 import jax
-from jax.experimental import multihost_utils
 import numpy as np
 import orbax.checkpoint as ocp
 
 from bpd_jax.errors import InputError
+from bpd_jax.folders import check_new, new_folder, PathLike, read_object, write_object
 from bpd_jax.model.config import ModelConfig
 from bpd_jax.model.model import abstract_params
 from bpd_jax.partitioning import Partitioning, single_device
@@ -27,8 +24,6 @@ from bpd_jax.vocabulary import stored_name
 
 CONFIG_FILE = "model.json"
 PARAMS_FOLDER = "params"
-
-PathLike = str | os.PathLike
 
 
 def save_model(
@@ -157,65 +152,6 @@ def check_shapes(
       raise InputError(f"{name}", f"unused array of shape {shape}", "a leaf of the config")
 
 
-def check_new(folder: PathLike) -> None:
-  """Raises InputError where something is at the path."""
-  if os.path.lexists(folder):
-    raise InputError("folder", str(folder), "a path where nothing is yet")
-
-
-@contextlib.contextmanager
-def new_folder(folder: PathLike) -> Iterator[Path]:
-  """A folder that appears at its path only when the block has ended well.
-
-  Yields a hidden sibling to write into, which is renamed at the end, or removed
-  where the block raises. With several processes all enter, and the first one
-  makes and renames.
-  """
-  check_new(folder)
-  folder = Path(os.path.abspath(folder))
-  partial = folder.with_name(f".{folder.name}.partial")
-  is_first = jax.process_index() == 0
-  if is_first:
-    try:
-      shutil.rmtree(partial, ignore_errors=True)
-      partial.mkdir(parents=True)
-    except OSError as error:
-      raise InputError(
-          "folder", str(folder), f"a path that can be written ({error.strerror})"
-      ) from error
-  _wait_for_all("begin")
-  try:
-    yield partial
-    _wait_for_all("written")
-    if is_first:
-      partial.rename(folder)
-    _wait_for_all("renamed")
-  except BaseException:
-    if is_first:
-      shutil.rmtree(partial, ignore_errors=True)
-    raise
-
-
-def read_object(path: Path) -> dict[str, Any]:
-  """Reads a JSON object; InputError naming the file where it isn't one."""
-  try:
-    fields = json.loads(path.read_text(encoding="utf-8"))
-  except OSError as error:
-    raise InputError(
-        "file", str(path), f"a file that can be read ({error.strerror})"
-    ) from error
-  except ValueError as error:
-    raise InputError(str(path), str(error), "JSON") from error
-  if not isinstance(fields, dict):
-    raise InputError(str(path), type(fields).__name__, "a JSON object")
-  return fields
-
-
-def write_object(path: Path, fields: dict[str, Any]) -> None:
-  """Writes a JSON object, one field a line."""
-  path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
-
-
 def _flatten(tree: Any) -> dict[str, Any]:
   return traverse_util.flatten_dict(tree, sep="/")
 
@@ -241,9 +177,3 @@ def _check_divides(name: str, leaf: jax.ShapeDtypeStruct) -> None:
       raise InputError(
           f"{name} shape", leaf.shape, f"multiples of {split} on the mesh axes {axes}"
       )
-
-
-def _wait_for_all(what: str) -> None:
-  """Waits until every process is here."""
-  if jax.process_count() > 1:
-    multihost_utils.sync_global_devices(f"new_folder {what}")

@@ -20,7 +20,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from bpd_jax.checkpoints import check_new, write_object
 from bpd_jax.data.jsonl import JsonlTask
 from bpd_jax.errors import InputError
 from bpd_jax.evaluation.run import (
@@ -32,6 +31,7 @@ from bpd_jax.evaluation.run import (
     Measurement,
     Method,
 )
+from bpd_jax.folders import check_new, write_object
 from bpd_jax.generation import load
 from bpd_jax.launch import read_gin, run
 from bpd_jax.partitioning import Partitioning

@@ -6,7 +6,8 @@
 import argparse
 from collections.abc import Sequence
 
-from bpd_jax.checkpoints import check_new, describe, load_model
+from bpd_jax.checkpoints import describe, load_model
+from bpd_jax.folders import check_new
 from bpd_jax.interchange.huggingface import export_model
 from bpd_jax.launch import run
 from bpd_jax.partitioning import single_device

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bpd_jax.checkpoints import load_model, PathLike
+from bpd_jax.checkpoints import load_model
 from bpd_jax.decoding import accept, loop, search
 from bpd_jax.decoding.cache import cache_length, empty_cache
 from bpd_jax.decoding.drafters.empty import EmptyDrafter
@@ -25,6 +25,7 @@ from bpd_jax.decoding.drafters.reference import ReferenceDrafter
 from bpd_jax.decoding.types import AcceptanceRule, Drafter
 from bpd_jax.decoding.verify import model_verify
 from bpd_jax.errors import InputError
+from bpd_jax.folders import PathLike
 from bpd_jax.model.config import ModelConfig
 from bpd_jax.model.model import decode_view, EncoderDecoder
 from bpd_jax.partitioning import Partitioning, single_device

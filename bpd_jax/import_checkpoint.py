@@ -6,7 +6,8 @@
 import argparse
 from collections.abc import Sequence
 
-from bpd_jax.checkpoints import check_new, describe, save_model
+from bpd_jax.checkpoints import describe, save_model
+from bpd_jax.folders import check_new
 from bpd_jax.interchange.huggingface import import_model
 from bpd_jax.launch import run
 from bpd_jax.vocabulary import vocabulary_path

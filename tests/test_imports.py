@@ -16,11 +16,13 @@ PACKAGE = ROOT / "bpd_jax"
 FLOORS = {
     "bpd_jax": 3,
     "bpd_jax.errors": 0,
+    "bpd_jax.folders": 0.5,
     "bpd_jax.partitioning": 1,
     "bpd_jax.vocabulary": 1,
     "bpd_jax.model": 1,
     "bpd_jax.data": 1,
     "bpd_jax.checkpoints": 1.5,
+    "bpd_jax.training": 2,
     "bpd_jax.decoding": 2,
     "bpd_jax.interchange": 2,
     "bpd_jax.generation": 2.5,

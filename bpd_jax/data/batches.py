@@ -112,8 +112,6 @@ class Batches:
         for dataset, plan in zip(datasets, self._plans)
     ]
     self._shares = shares(self.num_rows if rates is None else rates, datasets)
-    # Which dataset each row of a cycle is from, before it is shuffled.
-    self._cycle = np.repeat(np.arange(len(datasets)), self._shares)
 
   def batch(self, step: int) -> Batch:
     """This process's rows of a step, from 0 on."""
@@ -129,28 +127,13 @@ class Batches:
   def _examples(self, position: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """The examples of a row, by its place in the endless order."""
     cycle, place = divmod(position, CYCLE)
-    order, ranks = self._cycle_order(cycle)
+    order, ranks = cycle_order(tuple(self._shares), self._seed, cycle)
     which = order[place]
     use = cycle * self._shares[which] + ranks[place]
     epoch, place = divmod(int(use), self.num_rows[which])
-    row = self._epoch_order(which, epoch)[place]
+    row = epoch_order(self.num_rows[which], self._seed, which, epoch)[place]
     plan, dataset = self._plans[which], self._datasets[which]
     return [dataset[i] for i in ([row] if plan is None else plan[row])]
-
-  @functools.lru_cache(maxsize=4)
-  def _cycle_order(self, cycle: int) -> tuple[np.ndarray, np.ndarray]:
-    """The dataset of each row of a cycle, and how many of it came before."""
-    order = np.random.default_rng([self._seed, 1 << 20, cycle]).permutation(self._cycle)
-    ranks = np.zeros_like(order)
-    for which, share in enumerate(self._shares):
-      ranks[order == which] = np.arange(share)
-    return order, ranks
-
-  @functools.lru_cache(maxsize=64)
-  def _epoch_order(self, which: int, epoch: int) -> np.ndarray:
-    """A dataset's rows in the order of an epoch."""
-    rng = np.random.default_rng([self._seed, which, epoch])
-    return rng.permutation(self.num_rows[which])
 
   def _cut_lengths(self, dataset: Dataset) -> np.ndarray:
     return np.minimum(dataset.lengths, self._shape)
@@ -173,6 +156,25 @@ def shares(rates: Sequence[float], datasets: Sequence[Dataset]) -> list[int]:
     name = datasets[int(np.argmin(counts))].name
     raise InputError("rates", list(rates), f"at least 1 in {CYCLE} for {name}")
   return counts.tolist()
+
+
+@functools.lru_cache(maxsize=4)
+def cycle_order(
+    counts: tuple[int, ...], seed: int, cycle: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """The dataset of each row of a cycle, and how many of its rows came before there."""
+  rng = np.random.default_rng([seed, 1 << 20, cycle])
+  order = rng.permutation(np.repeat(np.arange(len(counts)), counts))
+  ranks = np.zeros_like(order)
+  for which, count in enumerate(counts):
+    ranks[order == which] = np.arange(count)
+  return order, ranks
+
+
+@functools.lru_cache(maxsize=64)
+def epoch_order(num_rows: int, seed: int, which: int, epoch: int) -> np.ndarray:
+  """The rows of a dataset in the order of an epoch."""
+  return np.random.default_rng([seed, which, epoch]).permutation(num_rows)
 
 
 def pack(

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from bpd_jax.checkpoints import new_folder, read_object, write_object
 from bpd_jax.errors import InputError
+from bpd_jax.folders import new_folder, read_object, write_object
 from bpd_jax.vocabulary import Vocabulary
 
 INFO_FILE = "cache.json"

@@ -17,18 +17,9 @@ import numpy as np
 from safetensors import safe_open, SafetensorError
 from safetensors.numpy import save_file
 
-from bpd_jax.checkpoints import (
-    check_new,
-    check_shapes,
-    check_vocabulary,
-    leaf_shapes,
-    leaf_shapes_of,
-    new_folder,
-    PathLike,
-    read_object,
-    write_object,
-)
+from bpd_jax.checkpoints import check_shapes, check_vocabulary, leaf_shapes, leaf_shapes_of
 from bpd_jax.errors import InputError
+from bpd_jax.folders import check_new, new_folder, PathLike, read_object, write_object
 from bpd_jax.model.config import ModelConfig
 from bpd_jax.vocabulary import stored_name
 
