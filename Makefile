@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: install run test test-slow mutate lint clean
+.PHONY: install run test test-slow mutate benchmark lint clean
 
 install: .venv/installed
 
@@ -28,6 +28,10 @@ test-slow: install
 
 mutate: install
 	$(BIN)/python tests/mutate.py
+
+# Decoding beside transformers and CTranslate2; see docs/benchmark.md. Wants an idle machine.
+benchmark: install
+	$(BIN)/python -m bpd_jax.benchmark decode
 
 lint: install
 	$(BIN)/ruff check .
