@@ -56,6 +56,7 @@ setup(
         "rich>=13",
         "safetensors>=0.5",
         "sentencepiece>=0.2",
+        "tensorboardX>=2.6",
     ],
     extras_require=EXTRAS,
 )

@@ -47,6 +47,7 @@ class Batches:
   """A mixture of datasets in rows of fixed lengths, in an order drawn from a seed.
 
   Attributes:
+    datasets: as given.
     batch_size: rows of all processes together.
     num_rows: of each dataset; fewer than examples where rows are packed.
   """
@@ -95,7 +96,7 @@ class Batches:
     if batch_size % process_count:
       raise InputError("batch_size", batch_size, f"a multiple of the {process_count} processes")
     self.batch_size = batch_size
-    self._datasets = list(datasets)
+    self.datasets = list(datasets)
     self._shape = (input_length, target_length)
     self._eos_id = eos_id
     self._seed = seed
@@ -115,25 +116,29 @@ class Batches:
 
   def batch(self, step: int) -> Batch:
     """This process's rows of a step, from 0 on."""
-    first = step * self.batch_size
-    rows = [self._examples(first + place) for place in self._places]
+    rows = [[self.datasets[which][i] for which, i in row] for row in self.rows(step)]
     return assemble(rows, *self._shape, eos_id=self._eos_id)
+
+  def rows(self, step: int) -> list[list[tuple[int, int]]]:
+    """What stands in this process's rows of a step: (dataset, example), in order."""
+    first = step * self.batch_size
+    return [self._row(first + place) for place in self._places]
 
   def steps_per_epoch(self) -> float:
     """Batches until the dataset that takes longest has been gone through once."""
     slowest = max(n * CYCLE / share for n, share in zip(self.num_rows, self._shares))
     return slowest / self.batch_size
 
-  def _examples(self, position: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """The examples of a row, by its place in the endless order."""
+  def _row(self, position: int) -> list[tuple[int, int]]:
+    """A row by its place in the endless order."""
     cycle, place = divmod(position, CYCLE)
     order, ranks = cycle_order(tuple(self._shares), self._seed, cycle)
     which = order[place]
     use = cycle * self._shares[which] + ranks[place]
     epoch, place = divmod(int(use), self.num_rows[which])
     row = epoch_order(self.num_rows[which], self._seed, which, epoch)[place]
-    plan, dataset = self._plans[which], self._datasets[which]
-    return [dataset[i] for i in ([row] if plan is None else plan[row])]
+    plan = self._plans[which]
+    return [(int(which), i) for i in ([int(row)] if plan is None else plan[row])]
 
   def _cut_lengths(self, dataset: Dataset) -> np.ndarray:
     return np.minimum(dataset.lengths, self._shape)

@@ -67,7 +67,8 @@ class Encoder(nn.Module):
 
     Args:
       x: [batch, length, d_model] embedded tokens.
-      mask: [batch, length] bool, which tokens count.
+      mask: [batch, length] bool, which tokens count, or [batch, length, length]
+        where inputs are packed: row sees column.
       is_training: whether to drop.
 
     Returns:
@@ -76,7 +77,7 @@ class Encoder(nn.Module):
     config = self.config
     position = jnp.arange(x.shape[1])[None, :]
     bias = RelativePositionBias(config, True, name="relpos_bias")(position, position)
-    bias = mask_bias(bias, mask[:, None, None, :])
+    bias = mask_bias(bias, mask[:, None, None, :] if mask.ndim == 2 else mask[:, None])
     drop = nn.Dropout(config.dropout_rate, broadcast_dims=(-2,), deterministic=not is_training)
     stack = stack_layers(EncoderLayer, config.num_encoder_layers, 1)
     x, _ = stack(config, self.partitioning, name="layers")(drop(x), bias, is_training)

@@ -28,12 +28,14 @@ class ParallelHeads(nn.Module):
   is_view: bool = False
 
   @nn.compact
-  def __call__(self, hidden: Array, num_heads: int | None = None) -> Array:
+  def __call__(self, hidden: Array, num_heads: int | None = None, which=None) -> Array:
     """Reads the heads.
 
     Args:
       hidden: [..., d_model] normed last states.
       num_heads: how many, from head 2 on; all by default.
+      which: the number of one head, a traced int32 from 2 on, to read alone;
+        not in the view.
 
     Returns:
       [..., num_heads, d_model].
@@ -56,7 +58,11 @@ class ParallelHeads(nn.Module):
         states.append(hidden + project(act(project(hidden, w1, True)), w2, True))
       return jnp.stack(states, axis=-2)
     stacked = (config.block_size - 1,)
-    w1 = kernel("w1", starts[0], stacked + shape, ("block", *names))[:num_heads]
-    w2 = kernel("w2", starts[1], stacked + shape[::-1], ("block", *names[::-1]))[:num_heads]
+    w1 = kernel("w1", starts[0], stacked + shape, ("block", *names))
+    w2 = kernel("w2", starts[1], stacked + shape[::-1], ("block", *names[::-1]))
+    if which is None:
+      w1, w2 = w1[:num_heads], w2[:num_heads]
+    else:
+      w1, w2 = (jax.lax.dynamic_slice_in_dim(w, which - 2, 1) for w in (w1, w2))
     inner = act(jnp.einsum("...d,idm->...im", hidden, w1))
     return hidden[..., None, :] + jnp.einsum("...im,imd->...id", inner, w2)

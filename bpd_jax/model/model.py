@@ -75,17 +75,8 @@ class EncoderDecoder(nn.Module):
 
   def logits(self, hidden: Array) -> Array:
     """Output projection: [..., d_model] -> [..., vocab] of `accum_dtype`."""
-    config = self.config
-    kernel, form = self.embedding, "...d,vd->...v"
-    if config.is_tied:
-      hidden = hidden * jnp.asarray(config.d_model**-0.5, hidden.dtype)
-    else:
-      kernel = self.logits_kernel
-      form = form if self.is_view else "...d,dv->...v"
-    return jnp.einsum(
-        form, hidden, kernel.astype(config.dtype),
-        preferred_element_type=jnp.dtype(config.accum_dtype),
-    )
+    kernel = self.embedding if self.config.is_tied else self.logits_kernel
+    return project_logits(self.config, kernel, hidden, self.is_view)
 
   def head_states(self, hidden: Array, num_heads: int | None = None) -> Array:
     """States of heads 2, 3, …: [..., d_model] -> [..., num_heads, d_model]."""
@@ -122,6 +113,28 @@ class EncoderDecoder(nn.Module):
     return self.decoder.block(
         self.embed(tokens), depth, visible, past, lengths, cross, encoder_mask, probes
     )
+
+
+def project_logits(config: ModelConfig, kernel: Array, hidden: Array, is_view: bool) -> Array:
+  """Logits of states.
+
+  Args:
+    config: of the model.
+    kernel: the embedding table [vocab, d_model] where tied, else the output
+      projection [d_model, vocab], turned in the view.
+    hidden: [..., d_model].
+    is_view: whether the kernel is the view's.
+
+  Returns:
+    [..., vocab] of `accum_dtype`.
+  """
+  form = "...d,vd->...v" if config.is_tied or is_view else "...d,dv->...v"
+  if config.is_tied:
+    hidden = hidden * jnp.asarray(config.d_model**-0.5, hidden.dtype)
+  return jnp.einsum(
+      form, hidden, kernel.astype(config.dtype),
+      preferred_element_type=jnp.dtype(config.accum_dtype),
+  )
 
 
 def init_boxed(config: ModelConfig, partitioning: Partitioning, key: Array) -> Any:

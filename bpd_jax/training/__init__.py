@@ -1,0 +1,1 @@
+"""Training: the loss of all heads, the optimisers, one step, and the loop around it."""

@@ -1,0 +1,211 @@
+"""The loss of all heads: Σ_i λ_i · (mean cross-entropy of head i over the token i ahead).
+
+Head i at a position predicts the token i places after it (Stern et al. 2018, §6;
+Kim et al. 2024, App. D.1 with λ_i = 1). `weighted_cross_entropy` goes through the
+heads one after the other and takes the gradient of each while its logits are
+there, so that the logits of one head is all that memory holds and nothing is
+computed twice.
+"""
+
+from collections.abc import Callable
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from bpd_jax.errors import InputError
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+  """What is minimised.
+
+  Attributes:
+    head_weights: λ of heads 1, 2, …; all 1 by default.
+    label_smoothing: share of the target's probability that goes to all others.
+    z_loss: weight of log(Σ exp logits)², which keeps logits near 0.
+    one_random_head: whether a step draws one head and trains it alone, in place
+      of all, as Stern et al. did: the expected gradient is the same, the heads'
+      activations are those of one.
+  """
+
+  head_weights: tuple[float, ...] | None = None
+  label_smoothing: float = 0.0
+  z_loss: float = 0.0
+  one_random_head: bool = False
+
+  def __post_init__(self):
+    if self.head_weights is not None:
+      object.__setattr__(self, "head_weights", tuple(self.head_weights))
+    if not 0 <= self.label_smoothing < 1:
+      raise InputError("Loss.label_smoothing", self.label_smoothing, "from 0 to below 1")
+    if self.z_loss < 0:
+      raise InputError("Loss.z_loss", self.z_loss, "0 or more")
+
+  def weights(self, block_size: int) -> tuple[float, ...]:
+    """λ of each head; InputError where they aren't one for each of `block_size`."""
+    weights = self.head_weights or (1.0,) * block_size
+    if len(weights) != block_size or min(weights) < 0:
+      raise InputError(
+          "Loss.head_weights", self.head_weights, f"{block_size} numbers from 0, one a head"
+      )
+    return weights
+
+
+def head_targets(targets: Array, segments: Array, block_size: int) -> tuple[Array, Array]:
+  """The targets of each head, and where it has one.
+
+  Head i has a target where the token i - 1 further on belongs to the same
+  segment:
+
+    targets  a b c d _    segments 1 1 2 2 0
+    head 2   b c d _ _    has one  y n y n n
+
+  Args:
+    targets: [batch, length] int32, of head 1.
+    segments: [batch, length] int32, 0 where nothing is.
+    block_size: h.
+
+  Returns:
+    Targets [h, batch, length] int32 and masks [h, batch, length] bool.
+  """
+  length = targets.shape[1]
+  shifted, masks = [], []
+  for ahead in range(block_size):
+    pad = ((0, 0), (0, min(ahead, length)))
+    shifted.append(jnp.pad(targets[:, ahead:], pad))
+    masks.append((jnp.pad(segments[:, ahead:], pad) == segments) & (segments > 0))
+  return jnp.stack(shifted), jnp.stack(masks)
+
+
+def cross_entropy(
+    logits: Array, targets: Array, label_smoothing: float, z_loss: float
+) -> tuple[Array, Array]:
+  """Of each position: what is minimised, and the plain -log p(target).
+
+  With smoothing the target keeps 1 - s and each other token gets s / (vocab - 1);
+  the entropy of that distribution is subtracted, so that the least value is 0.
+
+  Args:
+    logits: [..., vocab].
+    targets: [...] int32.
+    label_smoothing: s.
+    z_loss: weight of log Z squared.
+
+  Returns:
+    Two arrays [...] of the logits' dtype.
+  """
+  log_z = jax.nn.logsumexp(logits, axis=-1)
+  target = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+  nll = log_z - target
+  loss = nll
+  if label_smoothing:
+    others = logits.shape[-1] - 1
+    low = label_smoothing / others
+    # Σ_v q_v (log_z - logit_v), with q = 1 - s at the target and low elsewhere.
+    rest = others * log_z - (logits.sum(axis=-1) - target)
+    entropy = -(
+        (1 - label_smoothing) * jnp.log1p(-label_smoothing) + label_smoothing * jnp.log(low)
+    )
+    loss = (1 - label_smoothing) * nll + low * rest - entropy
+  return loss + z_loss * jnp.square(log_z), nll
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def weighted_cross_entropy(
+    project: Callable[[Array, Array], Array],
+    loss: Loss,
+    states: Array,
+    kernel: Array,
+    targets: Array,
+    weights: Array,
+) -> tuple[Array, dict[str, Array]]:
+  """Σ over heads and positions of weight × cross-entropy.
+
+  Args:
+    project: (state, kernel) -> logits, [..., d] -> [..., vocab].
+    loss: smoothing and z-loss.
+    states: [heads, batch, length, d].
+    kernel: of the output projection.
+    targets: [heads, batch, length] int32.
+    weights: [heads, batch, length]; 0 where there is no target.
+
+  Returns:
+    The sum, and what metrics need: sums over the positions of weight above 0 of
+    `nll` and `correct`, and their number `count`, each [heads]. Only the first is
+    differentiated, with respect to states and kernel.
+  """
+  head = functools.partial(_head_loss, project, loss)
+  totals, sums = jax.lax.map(lambda x: head(x[0], kernel, *x[1:]), (states, targets, weights))
+  return totals.sum(), sums
+
+
+def _head_loss(project, loss: Loss, state, kernel, targets, weights):
+  """One head of `weighted_cross_entropy`."""
+  logits = project(state, kernel)
+  values, nll = cross_entropy(logits, targets, loss.label_smoothing, loss.z_loss)
+  has_target = weights > 0
+  count = lambda x: jnp.sum(jnp.where(has_target, x, 0), dtype=logits.dtype)
+  best = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+  is_correct = best >= logits.max(axis=-1)
+  sums = {
+      "nll": count(nll), "correct": count(is_correct), "count": count(has_target),
+  }
+  return jnp.sum(values * weights.astype(values.dtype)), sums
+
+
+def _forward(project, loss, states, kernel, targets, weights):
+  grad = jax.value_and_grad(
+      functools.partial(_head_loss, project, loss), argnums=(0, 1), has_aux=True
+  )
+
+  def body(kernel_grad, x):
+    (total, sums), (state_grad, part) = grad(x[0], kernel, *x[1:])
+    return kernel_grad + part, (total, sums, state_grad)
+
+  kernel_grad, (totals, sums, state_grads) = jax.lax.scan(
+      body, jnp.zeros_like(kernel), (states, targets, weights)
+  )
+  return (totals.sum(), sums), (state_grads, kernel_grad)
+
+
+def _backward(project, loss, saved, cotangents):
+  del project, loss
+  scale = cotangents[0]
+  return (*(grad * scale.astype(grad.dtype) for grad in saved), None, None)
+
+
+weighted_cross_entropy.defvjp(_forward, _backward)
+
+
+def normalised_weights(masks: Array, head_weights: Array, counts: Array) -> Array:
+  """What each position's cross-entropy is multiplied by: λ_i over head i's count.
+
+  Args:
+    masks: [heads, batch, length] bool, of any part of a batch.
+    head_weights: [heads], λ.
+    counts: [heads], targets of the whole batch.
+
+  Returns:
+    [heads, batch, length] float32.
+  """
+  each = head_weights / jnp.maximum(counts, 1)
+  return jnp.where(masks, each[:, None, None], 0)
+
+
+def head_losses(sums: dict[str, Any]) -> dict[str, float]:
+  """Metrics by head from sums: loss_head_i in nats a token, and accuracy_head_i.
+
+  Args:
+    sums: `nll`, `correct` and `count`, each [heads].
+  """
+  metrics = {}
+  for i, count in enumerate(sums["count"], start=1):
+    if count:
+      metrics[f"loss_head_{i}"] = float(sums["nll"][i - 1] / count)
+      metrics[f"accuracy_head_{i}"] = float(sums["correct"][i - 1] / count)
+  return metrics

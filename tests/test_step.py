@@ -1,0 +1,391 @@
+"""The training step: its loss against a plain one, modes, accumulation, packing, devices."""
+
+import functools
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from bpd_jax.data.batches import assemble
+from bpd_jax.errors import InputError
+from bpd_jax.model.config import ModelConfig
+from bpd_jax.model.model import EncoderDecoder, init_params
+from bpd_jax.partitioning import make_partitioning, single_device
+from bpd_jax.training.loss import cross_entropy, head_losses, head_targets, Loss
+from bpd_jax.training.optimizer import Optimizer
+from bpd_jax.training.step import place_batch, Step
+
+CONFIG = ModelConfig(
+    vocab_size=40, d_model=16, d_ff=24, d_kv=8, num_heads=2, num_encoder_layers=2,
+    num_decoder_layers=2, block_size=3, head_d_ff=12,
+)
+PLAIN = Optimizer("adamw", 1e-2, "constant", 0)
+
+
+def random_params(config, seed=0):
+  """Parameters whose heads aren't copies of head 1."""
+  params = init_params(config, single_device(), jax.random.key(seed))
+  if config.block_size > 1:
+    shape = params["heads"]["w2"].shape
+    params["heads"]["w2"] = 0.3 * jax.random.normal(jax.random.key(1), shape, config.param_dtype)
+  return params
+
+
+def random_batch(rows, lengths=(9, 7), seed=0, segments=1):
+  """Rows of examples of random lengths."""
+  rng = np.random.default_rng(seed)
+  most = [length // segments for length in lengths]
+
+  def example():
+    return [np.append(rng.integers(2, 40, rng.integers(1, n)), 1).astype(np.int32) for n in most]
+
+  return assemble([[example() for _ in range(segments)] for _ in range(rows)], *lengths)
+
+
+def plain_loss(config, params, batch, head_weights, label_smoothing=0.0, z_loss=0.0):
+  """The loss by the model's public methods and Python loops over unpacked rows."""
+  model = EncoderDecoder(config, single_device())
+  mask = batch["encoder_segment_ids"] > 0
+  apply = lambda *args, method: model.apply({"params": params}, *args, method=method)
+  encoded = apply(batch["encoder_input_tokens"], mask, method="encode")
+  hidden = apply(encoded, mask, batch["decoder_input_tokens"], method="decode")
+  logits = apply(hidden, method="logits")[:, :, None]
+  if config.block_size > 1:
+    logits = jnp.concatenate([logits, apply(hidden, method="head_logits")], axis=2)
+  log_probs = jax.nn.log_softmax(logits)
+  log_z = jax.nn.logsumexp(logits, axis=-1)
+  total, vocab = 0.0, config.vocab_size
+  lengths = (batch["decoder_segment_ids"] > 0).sum(axis=1)
+  for i in range(config.block_size):
+    head, count = 0.0, 0
+    for row, length in enumerate(lengths):
+      for t in range(length - i):
+        target = batch["decoder_target_tokens"][row, t + i]
+        q = np.full(vocab, label_smoothing / (vocab - 1))
+        q[target] = 1 - label_smoothing
+        entropy = -np.sum(q[q > 0] * np.log(q[q > 0]))
+        head += -jnp.sum(q * log_probs[row, t, i]) - entropy
+        head += z_loss * log_z[row, t, i] ** 2
+        count += 1
+    total += head_weights[i] * head / count
+  return total
+
+
+@functools.cache
+def compiled(config, loss=Loss(), mode="joint", num_microbatches=1):
+  """A step, and its jitted gradients."""
+  step = Step(config, single_device(), PLAIN, loss, mode=mode, num_microbatches=num_microbatches)
+  return step, jax.jit(step.gradients)
+
+
+def gradients(config, params, batch, key=jax.random.key(0), **options):
+  return compiled(config, **options)[1](params, batch, key)
+
+
+def largest_difference(a, b):
+  return max(jax.tree.leaves(jax.tree.map(lambda x, y: float(jnp.abs(x - y).max()), a, b)))
+
+
+@pytest.fixture(autouse=True)
+def float64():
+  with jax.enable_x64(True):
+    yield
+
+
+@pytest.mark.parametrize("fields, loss", [
+    ({}, Loss()),
+    ({"is_tied": True, "is_gated": False, "activation": "relu"},
+     Loss((1.0, 0.5, 0.0), label_smoothing=0.1, z_loss=1e-2)),
+    ({"block_size": 1}, Loss()),
+])
+def test_loss_and_gradients_are_the_plain_ones(fields, loss):
+  config = CONFIG.replace(**fields).with_dtype("float64")
+  params, batch = random_params(config), random_batch(4)
+  grads, metrics = gradients(config, params, batch, loss=loss)
+  value, expected = jax.jit(jax.value_and_grad(
+      lambda params: plain_loss(
+          config, params, batch, loss.weights(config.block_size), loss.label_smoothing,
+          loss.z_loss,
+      )
+  ))(params)
+  np.testing.assert_allclose(metrics["loss"], value, rtol=1e-12)
+  assert largest_difference(grads, expected) < 1e-12
+
+
+def test_head_targets_stay_in_their_segment():
+  targets, masks = head_targets(
+      jnp.array([[5, 6, 7, 8, 0]]), jnp.array([[1, 1, 2, 2, 0]]), 3
+  )
+  assert masks[:, 0].astype(int).tolist() == [[1, 1, 1, 1, 0], [1, 0, 1, 0, 0], [0] * 5]
+  assert targets[:, 0].tolist() == [[5, 6, 7, 8, 0], [6, 7, 8, 0, 0], [7, 8, 0, 0, 0]]
+  # More heads than tokens.
+  _, masks = head_targets(jnp.array([[5]]), jnp.array([[1]]), 3)
+  assert masks[:, 0, 0].tolist() == [True, False, False]
+
+
+def test_label_smoothing_is_least_at_its_own_distribution():
+  q = jnp.full([5], 0.1 / 4).at[2].set(0.9)
+  loss, nll = cross_entropy(jnp.log(q)[None], jnp.array([2]), 0.1, 0.0)
+  np.testing.assert_allclose(loss, 0, atol=1e-12)
+  np.testing.assert_allclose(nll, -np.log(0.9), rtol=1e-12)
+
+
+def test_packed_rows_give_what_their_examples_give_apart():
+  config = CONFIG.with_dtype("float64")
+  params = random_params(config)
+  packed = random_batch(3, (30, 24), segments=3)
+  examples = []
+  for row in range(3):
+    for segment in (1, 2, 3):
+      pick = lambda side, name: packed[name][row][packed[f"{side}_segment_ids"][row] == segment]
+      examples.append([(
+          pick("encoder", "encoder_input_tokens"), pick("decoder", "decoder_target_tokens")
+      )])
+  apart = assemble(examples, 30, 24)
+  grads, metrics = gradients(config, params, packed)
+  expected, expected_metrics = gradients(config, params, apart)
+  assert largest_difference(metrics, expected_metrics) < 1e-11
+  assert largest_difference(grads, expected) < 1e-12
+  # Without the segments they would differ.
+  joined = {**packed, "encoder_segment_ids": (packed["encoder_segment_ids"] > 0).astype(np.int32)}
+  assert largest_difference(gradients(config, params, joined)[0], expected) > 1e-4
+
+
+def test_accumulation_is_one_batch():
+  config = CONFIG.with_dtype("float64")
+  params, batch = random_params(config), random_batch(4)
+  # Microbatches of different weight, one of them without any target.
+  batch["decoder_segment_ids"][1] = 0
+  batch["decoder_segment_ids"][0, 3:] = 0
+  one, many = (gradients(config, params, batch, num_microbatches=n) for n in (1, 4))
+  assert largest_difference(one, many) < 1e-12
+
+
+def test_metrics_count_what_heads_get_right():
+  config = CONFIG.with_dtype("float64")
+  params, batch = random_params(config), random_batch(4)
+  logits = EncoderDecoder(config, single_device()).apply(
+      {"params": params}, batch["encoder_input_tokens"], batch["encoder_segment_ids"] > 0,
+      batch["decoder_input_tokens"],
+  )
+  # What the model says, in two rows.
+  batch["decoder_target_tokens"][:2] = np.argmax(logits[:2], axis=-1)
+  _, metrics = gradients(config, params, batch)
+  sums = compiled(config)[0].measure(params, batch)
+  for name in ("nll", "correct", "count"):
+    np.testing.assert_allclose(metrics[name], sums[name], rtol=1e-12)
+  lengths = (batch["decoder_segment_ids"] > 0).sum(axis=1)
+  assert sums["count"].tolist() == [np.maximum(lengths - i, 0).sum() for i in range(3)]
+  is_real = batch["decoder_segment_ids"] > 0
+  correct = (np.argmax(logits, axis=-1) == batch["decoder_target_tokens"]) & is_real
+  assert lengths[:2].sum() <= sums["correct"][0] == correct.sum() < lengths.sum()
+  named = head_losses(jax.device_get(sums))
+  assert named["accuracy_head_1"] == sums["correct"][0] / sums["count"][0]
+  np.testing.assert_allclose(
+      sum(named[f"loss_head_{i}"] for i in (1, 2, 3)), metrics["loss"], rtol=1e-12
+  )
+
+
+def train(step, params, batch, num_steps):
+  state = step.init(params)
+  for _ in range(num_steps):
+    state, metrics = step(state, batch, jax.random.key(0))
+  return state, metrics
+
+
+@pytest.mark.parametrize("mode", ["heads_only", "distill"])
+def test_a_frozen_base_stays_bit_for_bit(mode):
+  config = CONFIG.replace(dropout_rate=0.5)
+  with jax.enable_x64(False):
+    params = random_params(config)
+    before = jax.tree.map(np.array, params)
+    state, _ = train(
+        Step(config, single_device(), Optimizer("adamw", 1e-2, "constant", 0, weight_decay=0.1),
+             mode=mode),
+        params, random_batch(4), 3,
+    )
+  for name, part in state.params.items():
+    same = jax.tree.map(lambda x, y: bool((np.array(x) == y).all()), part, before[name])
+    assert all(jax.tree.leaves(same)) == (name != "heads"), name
+    assert not any(jax.tree.leaves(same)) or name != "heads"
+
+
+def test_heads_learn_the_same_from_cached_states():
+  config = CONFIG.with_dtype("float64")
+  params, batch = random_params(config), random_batch(4)
+  model = EncoderDecoder(config, single_device())
+  mask = batch["encoder_segment_ids"] > 0
+  apply = lambda *args, method: model.apply({"params": params}, *args, method=method)
+  encoded = apply(batch["encoder_input_tokens"], mask, method="encode")
+  hidden = apply(encoded, mask, batch["decoder_input_tokens"], method="decode")
+  states = {name: x for name, x in batch.items() if not name.startswith("encoder")}
+  grads, _ = gradients(config, params, batch, mode="heads_only")
+  cached, _ = gradients(config, params, {**states, "hidden": hidden}, mode="heads_only")
+  assert set(grads) == {"heads"}
+  assert largest_difference(grads, cached) < 1e-13
+
+
+def test_one_random_head_has_the_gradient_of_all_on_average():
+  config = CONFIG.with_dtype("float64")
+  params, batch = random_params(config), random_batch(4)
+  weights = (1.0, 0.7, 0.3)
+  everything, _ = gradients(config, params, batch, loss=Loss(weights))
+  by_head = {}
+  for seed in range(40):
+    grads, metrics = gradients(
+        config, params, batch, jax.random.key(seed), loss=Loss(weights, one_random_head=True)
+    )
+    (head,) = np.flatnonzero(metrics["count"])
+    by_head[int(head)] = grads
+  assert sorted(by_head) == [0, 1, 2]
+  mean = jax.tree.map(lambda *parts: sum(parts) / 3, *by_head.values())
+  assert largest_difference(mean, everything) < 1e-12
+
+
+def test_dropout_is_drawn_from_the_key():
+  config = CONFIG.replace(dropout_rate=0.3).with_dtype("float64")
+  params, batch = random_params(config), random_batch(4)
+  first, again, other = (
+      gradients(config, params, batch, jax.random.key(seed)) for seed in (0, 0, 1)
+  )
+  assert largest_difference(first, again) == 0 < largest_difference(first[0], other[0])
+
+
+def test_the_average_follows_the_parameters():
+  config = CONFIG.with_dtype("float64")
+  step = Step(config, single_device(), PLAIN, average_decay=0.9)
+  params = random_params(config)
+  start = jax.tree.map(np.array, params)
+  state, batch = step.init(params), random_batch(4)
+  expected = start
+  for _ in range(3):
+    state, _ = step(state, batch, jax.random.key(0))
+    expected = jax.tree.map(lambda a, p: 0.9 * a + 0.1 * p, expected, state.params)
+  assert largest_difference(state.average, expected) < 1e-12
+  assert largest_difference(step.averaged(state), expected) < 1e-12
+
+
+@pytest.mark.parametrize("optimizer", [
+    Optimizer(warmup_steps=5, weight_decay=0.1), Optimizer("adamw", 1e-2, "constant", 0),
+])
+def test_a_batch_is_learned_by_heart(optimizer):
+  with jax.enable_x64(False):
+    step = Step(CONFIG, single_device(), optimizer)
+    state, metrics = train(step, random_params(CONFIG), random_batch(4), 150)
+  assert int(state.step) == 150
+  assert (metrics["correct"] / metrics["count"] > 0.9).all()
+
+
+def test_schedules():
+  rate = Optimizer("adafactor", 1.0, "rsqrt", 100).rate()
+  np.testing.assert_allclose([rate(s) for s in (0, 49, 100, 400)], [0.01, 0.5, 1, 0.5])
+  rate = Optimizer("adamw", 2.0, "cosine", 10, 110, 0.1).rate()
+  np.testing.assert_allclose([rate(s) for s in (9, 10, 60, 110, 200)], [2, 2, 1.1, 0.2, 0.2])
+  rate = Optimizer("adamw", 2.0, "linear", 0, 100).rate()
+  np.testing.assert_allclose([rate(s) for s in (0, 50, 100)], [2, 1, 0])
+
+
+def test_adafactor_decays_by_the_learning_rate():
+  optimizer = Optimizer("adafactor", 0.1, "constant", 0, weight_decay=0.5).make()
+  params = {"w": jnp.array([2.0])}
+  updates, _ = optimizer.update({"w": jnp.zeros(1)}, optimizer.init(params), params)
+  np.testing.assert_allclose(updates["w"], [-0.5 * 0.1 * 2.0])
+  assert isinstance(optax.apply_updates(params, updates), dict)
+
+
+@pytest.mark.parametrize("make, message", [
+    (lambda: Optimizer("sgd"), "Optimizer.name"),
+    (lambda: Optimizer(schedule="cosine"), "Optimizer.decay_steps"),
+    (lambda: Optimizer(schedule="step"), "Optimizer.schedule"),
+    (lambda: Optimizer(learning_rate=0), "Optimizer.learning_rate"),
+    (lambda: Optimizer(warmup_steps=0), "Optimizer.warmup_steps"),
+    (lambda: Loss(label_smoothing=1), "Loss.label_smoothing"),
+    (lambda: Step(CONFIG, single_device(), PLAIN, Loss((1.0,))), "Loss.head_weights"),
+    (lambda: Step(CONFIG, single_device(), PLAIN, mode="frozen"), "mode"),
+    (lambda: Step(CONFIG.replace(block_size=1), single_device(), PLAIN, mode="distill"),
+     "block_size"),
+    (lambda: Step(CONFIG, single_device(), PLAIN, average_decay=1), "average_decay"),
+])
+def test_bad_arguments_are_named(make, message):
+  with pytest.raises(InputError, match=message):
+    make()
+
+
+SHARDED = ModelConfig(
+    vocab_size=512, d_model=256, d_ff=256, d_kv=32, num_heads=8, num_encoder_layers=2,
+    num_decoder_layers=2, block_size=3, head_d_ff=256,
+)
+OPTIMIZERS = {
+    "adafactor": Optimizer(warmup_steps=1, weight_decay=0.01),
+    "adamw": Optimizer("adamw", 1e-2, "cosine", 1, 10, weight_decay=0.01),
+}
+
+
+def sharded_report():
+  """Run in a process with 8 devices: differences from one device, and shardings."""
+  jax.config.update("jax_enable_x64", True)
+  config = SHARDED.with_dtype("float64")
+  places = {"one": single_device(), "mesh": make_partitioning(2, 2, 2)}
+  report = {"devices": len(jax.devices()), "differences": {}, "places": {}}
+  results = {}
+  for where, place in places.items():
+    batch = place_batch(place, random_batch(8))
+    for name, optimizer in OPTIMIZERS.items():
+      step = Step(config, place, optimizer, num_microbatches=2, average_decay=0.9)
+      shardings = jax.tree.map(lambda leaf: leaf.sharding, step.abstract_state)
+      params = jax.device_put(random_params(config), shardings.params)
+      if (where, "gradients") not in results:
+        program = jax.jit(step.gradients).lower(params, batch, jax.random.key(0)).compile()
+        results[where, "gradients"] = jax.device_get(program(params, batch, jax.random.key(0)))
+      state, metrics = step(step.init(params), batch, jax.random.key(0))
+      results[where, name] = jax.device_get((state.params, state.average, metrics))
+      alike = jax.tree.map(
+          lambda leaf, sharding: leaf.sharding.is_equivalent_to(sharding, leaf.ndim),
+          state, shardings,
+      )
+      split = [
+          leaf.size // leaf.addressable_shards[0].data.size
+          for leaf in jax.tree.leaves((state.params, state.average, state.opt_state))
+          if leaf.size >= 1 << 16
+      ]
+      report["places"][f"{where} {name}"] = [all(jax.tree.leaves(alike)), len(split), min(split)]
+  for name in ("gradients", *OPTIMIZERS):
+    report["differences"][name] = largest_difference(results["one", name], results["mesh", name])
+  # Logits of one head and one microbatch: 4 rows over data and fsdp, vocabulary over model.
+  text = program.as_text()
+  report["has_split_logits"] = "f64[1,7,256]" in text
+  report["has_whole_logits"] = "f64[4,7,512]" in text
+  print(json.dumps(report))
+
+
+@pytest.fixture(scope="module")
+def report():
+  code = "import test_step; test_step.sharded_report()"
+  done = subprocess.run(
+      [sys.executable, "-c", code], capture_output=True, text=True, check=False,
+      cwd=__file__.rpartition("/")[0],
+      env={"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+           "PATH": ""},
+  )
+  assert done.returncode == 0, done.stderr
+  return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_eight_devices_give_one_devices_gradients_and_parameters(report):
+  assert report["devices"] == 8
+  assert set(report["differences"]) == {"gradients", "adafactor", "adamw"}
+  assert all(difference < 1e-8 for difference in report["differences"].values()), report
+
+
+def test_parameters_moments_and_logits_are_split(report):
+  for name, (is_placed, num_large, least_split) in report["places"].items():
+    assert is_placed, name
+    # AdamW has two moments of each.
+    assert num_large > (60 if "adamw" in name else 30), name
+    assert least_split >= (4 if "mesh" in name else 1), name
+  assert report["has_split_logits"] and not report["has_whole_logits"]
