@@ -16,7 +16,7 @@ run: install
 	rm -rf runs/random_t5
 	$(BIN)/python experiments/random_t5/make_t5.py runs/random_t5
 	$(BIN)/python -m bpd_jax.import_checkpoint --from runs/random_t5/transformers --to runs/random_t5/model
-	$(BIN)/python -m bpd_jax.evaluate --gin_file=gin/runs/evaluate.gin \
+	$(BIN)/python -m bpd_jax.evaluate --gin_file=gin/runs/evaluate_jsonl.gin \
 	  --gin.CHECKPOINT="'runs/random_t5/model'" --gin.ROWS="'runs/random_t5/rows.jsonl'" \
 	  --gin.OUTPUT="'runs/random_t5/results'"
 

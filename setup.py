@@ -18,7 +18,6 @@ EXTRAS = {
         "clu>=0.0.12",
         "docstring_parser>=0.18",
         "importlib_resources>=6",  # TFDS needs it and doesn't ask for it.
-        "rouge_score>=0.1.2",
         "seqio==0.0.20",
         "tensorflow>=2.21,<2.22",
         "tensorflow-datasets>=4.9.10,<5",
@@ -54,6 +53,7 @@ setup(
         "optax>=0.2.5",
         "orbax-checkpoint>=0.11.25",
         "rich>=13",
+        "rouge_score>=0.1.2",
         "safetensors>=0.5",
         "sentencepiece>=0.2",
         "tensorboardX>=2.6",

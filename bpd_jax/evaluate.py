@@ -1,51 +1,46 @@
 """Measures decoding methods on the rows of tasks, from one model folder.
 
   python -m bpd_jax.evaluate --gin_file=gin/runs/evaluate.gin \\
-      --gin.CHECKPOINT="'models/flan-small'" --gin.ROWS="'rows.jsonl'"
+      --gin.CHECKPOINT="'models/docstrings'" --gin.OUTPUT="'runs/docstrings'"
 
-Prints a table, and writes `results.json` and each method's outputs as JSONL.
+Prints a table, and writes `results.json` and each method's outputs as JSONL;
+docs/reading_results.md says what the figures mean.
 """
 
 from collections.abc import Sequence
 import importlib.metadata
+import itertools
 import json
 from pathlib import Path
 import platform
+import re
 import subprocess
 from typing import Any
 
 import gin
-from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from bpd_jax.data.jsonl import JsonlTask
+from bpd_jax.data.rows import rows_fingerprint, RowsTask
 from bpd_jax.errors import InputError
-from bpd_jax.evaluation.run import (
-    describe_device,
-    describe_repetition,
-    fingerprint,
-    GREEDY,
-    measure_methods,
-    Measurement,
-    Method,
-)
-from bpd_jax.folders import check_new, write_object
-from bpd_jax.generation import load
+from bpd_jax.evaluation.quality import check_metric, describe_quality
+from bpd_jax.evaluation.run import describe_device, GREEDY, measure_methods, Measurement, Method
+from bpd_jax.evaluation.table import means_over_learned, print_results
+from bpd_jax.folders import new_folder, write_object
+from bpd_jax.generation import Generator, load
 from bpd_jax.launch import read_gin, run
 from bpd_jax.partitioning import Partitioning
 
-# A narrower console would cut figures off.
-TABLE_WIDTH = 110
-
 PACKAGES = ("bpd_jax", "jax", "jaxlib", "flax", "numpy")
+
+Task = RowsTask | JsonlTask
 
 
 @gin.configurable(module="bpd_jax")
 def evaluate(
     checkpoint: str,
-    tasks: Sequence[JsonlTask],
+    tasks: Sequence[Task],
     methods: Sequence[Method],
     output: str,
     *,
@@ -77,80 +72,82 @@ def evaluate(
     SystemExit: with status 1 at the end where a method's tokens aren't
       greedy's and can't be near ties.
   """
-  check_new(output)
-  names = [task.name for task in tasks]
-  if not names or len(set(names)) < len(names):
-    raise InputError("tasks", names, "at least one, with names that differ")
+  _check_names(tasks, methods)
   rows = {task.name: task.rows() for task in tasks}
-  model = load(checkpoint, partitioning=partitioning, dtype=dtype)
-  results = {
-      "device": describe_device(),
-      "dtype": model.config.dtype,
-      "git_revision": git_revision(),
-      "versions": versions(),
-      "rows_fingerprint": fingerprint([row["inputs"] for name in names for row in rows[name]]),
-      "checkpoint": checkpoint,
-      "batch_size": batch_size,
-      "max_decode_length": max_decode_length,
-      "tasks": {},
-  }
-  console, measured = Console(), {}
-  console.width = max(console.width, TABLE_WIDTH)
-  columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-             TimeRemainingColumn())
-  with Progress(*columns, console=console) as progress:
-    for task in tasks:
-      measured[task.name] = measure_methods(
-          model, [row["inputs"] for row in rows[task.name]], methods,
-          max_decode_length=max_decode_length, batch_size=batch_size, repeats=repeats,
-          progress=progress, label=task.name,
-      )
-  for task in tasks:
-    results["tasks"][task.name] = {
-        "split": task.split,
-        "examples": len(rows[task.name]),
-        "repetition": describe_repetition(measured[task.name][GREEDY.name].generation),
-        "methods": {name: x.results for name, x in measured[task.name].items()},
+  # The folder is made first: no hours of decoding for what can't be written.
+  with new_folder(output) as folder:
+    model = load(checkpoint, partitioning=partitioning, dtype=dtype)
+    prompts = {task.name: _encode(model, task, rows[task.name]) for task in tasks}
+    console = Console()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+               TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+      measured = {
+          task.name: measure_methods(
+              model, prompts[task.name], methods, max_decode_length=max_decode_length,
+              batch_size=batch_size, repeats=repeats, progress=progress, label=task.name,
+          )
+          for task in tasks
+      }
+    results = {
+        "device": describe_device(),
+        "dtype": model.config.dtype,
+        "git_revision": git_revision(),
+        "versions": versions(),
+        "rows_fingerprint": rows_fingerprint(list(itertools.chain(*rows.values()))),
+        "checkpoint": checkpoint,
+        "batch_size": batch_size,
+        "max_decode_length": max_decode_length,
+        "repeats": repeats,
+        "tasks": {
+            task.name: {
+                "split": task.split,
+                "examples": len(rows[task.name]),
+                "rows_fingerprint": rows_fingerprint(rows[task.name]),
+                **describe_quality(
+                    measured[task.name][GREEDY.name].generation, rows[task.name],
+                    task.main_metric, task.instruction, model.vocabulary, model.config.eos_id,
+                ),
+                "methods": {name: x.results for name, x in measured[task.name].items()},
+            }
+            for task in tasks
+        },
     }
-    console.print(result_table(task.name, results["tasks"][task.name]))
-    for name, measurement in measured[task.name].items():
+    results["means_over_learned_tasks"] = means_over_learned(results["tasks"])
+    _write(folder, results, rows, measured)
+  print_results(results, console)
+  wrong = []
+  for task, by_method in measured.items():
+    for name, measurement in by_method.items():
       for difference in measurement.differences:
-        console.print(f"{task.name}, {name}: {difference}", highlight=False)
-  _write(Path(output), results, rows, measured)
-  console.print(f"written to {output}", highlight=False)
-  wrong = [
-      f"{task} {name}" for task, methods in measured.items() for name, x in methods.items()
-      if not x.is_exact
-  ]
-  if wrong:
+        console.print(f"{task}, {name}: {difference}", highlight=False)
+      if not measurement.is_exact:
+        wrong.append(f"{task} {name}")
+  console.print(f"written to {output}", highlight=False, soft_wrap=True)
+  # In fewer bits a block call and a single one differ too often to be judged.
+  if wrong and model.config.dtype in ("float32", "float64"):
     raise SystemExit(f"error: tokens that aren't greedy's: {', '.join(wrong)}")
   return results
 
 
-def result_table(task: str, results: dict[str, Any]) -> Table:
-  """A task's methods, one a row."""
-  repetition = results["repetition"]
-  table = Table(
-      title=f"{task}: {results['examples']} rows of {results['split']}, "
-      f"{repetition['looping_rows']:.0%} of greedy's outputs loop",
-      box=box.SIMPLE_HEAD, title_justify="left", padding=(0, 1, 0, 0),
-  )
-  table.add_column("method", no_wrap=True)
-  for name in ("width of h", "calls", "tokens", "block efficiency", "95 %", "loop-free",
-               "identical", "near ties", "tokens/s", "speed-up"):
-    table.add_column(name, justify="right")
-  for name, entry in results["methods"].items():
-    low, high = entry["block_efficiency_interval"]
-    free = entry["block_efficiency_loop_free"]
-    table.add_row(
-        name, f"{entry['verify_width']}/{entry['block_size']}",
-        f"{entry['decoder_calls']:,}", f"{entry['tokens']:,}",
-        f"{entry['block_efficiency']:.3f}", f"{low:.2f}–{high:.2f}",
-        "–" if free is None else f"{free:.3f}", f"{entry['identical_to_greedy']:.1%}",
-        str(entry["near_tie_rows"]), f"{entry['tokens_per_second']:,.0f}",
-        f"{entry['speedup_over_greedy']:.2f}×",
-    )
-  return table
+def _check_names(tasks: Sequence[Task], methods: Sequence[Method]) -> None:
+  """Raises InputError for names that can't be those of files, or come twice."""
+  names = [task.name for task in tasks]
+  if not names or len(set(names)) < len(names):
+    raise InputError("tasks", names, "at least one, with names that differ")
+  for named in (*tasks, *methods):
+    if not re.fullmatch(r"[\w+-][\w.+-]*", named.name):
+      raise InputError("name", named.name, "letters, digits, _ + - and . inside, as files have")
+  for task in tasks:
+    check_metric(task.name, task.main_metric)
+
+
+def _encode(model: Generator, task: Task, rows: Sequence[dict[str, str]]) -> list[list[int]]:
+  """Token ids of a task's prompts; InputError naming the task and row of a bad one."""
+  try:
+    return model.encode_prompts([row["inputs"] for row in rows])
+  except InputError as error:
+    raise InputError(f"{task.name} {error.field}", error.value, error.allowed) from error
 
 
 def git_revision() -> str | None:
@@ -174,19 +171,14 @@ def _write(
     measured: dict[str, dict[str, Measurement]],
 ) -> None:
   """Writes `results.json` and the outputs."""
-  try:
-    folder.mkdir(parents=True)
-    for task, methods in measured.items():
-      for name, measurement in methods.items():
-        out = measurement.generation
-        with open(folder / f"{task}.{name}.jsonl", "w", encoding="utf-8") as file:
-          for row, text, tokens, calls in zip(rows[task], out.texts, out.tokens, out.calls):
-            line = {**row, "output": text, "tokens": tokens.tolist(), "decoder_calls": calls}
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    write_object(folder / "results.json", results)
-  except OSError as error:
-    allowed = f"a path that can be written ({error.strerror})"
-    raise InputError("output", str(folder), allowed) from error
+  for task, methods in measured.items():
+    for name, measurement in methods.items():
+      out = measurement.generation
+      with open(folder / f"{task}.{name}.jsonl", "w", encoding="utf-8") as file:
+        for row, text, tokens, calls in zip(rows[task], out.texts, out.tokens, out.calls):
+          line = {**row, "output": text, "tokens": tokens.tolist(), "decoder_calls": calls}
+          file.write(json.dumps(line, ensure_ascii=False) + "\n")
+  write_object(folder / "results.json", results)
 
 
 def main(argv: Sequence[str]) -> None:

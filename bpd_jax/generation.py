@@ -72,6 +72,8 @@ class DecodeSettings:
       raise InputError("method", self.method, f"one of {METHODS}")
     if self.block_size < 1:
       raise InputError("block_size", self.block_size, "a positive integer")
+    if self.method == "greedy" and self.block_size > 1:
+      raise InputError("block_size", self.block_size, "1 for method 'greedy', which drafts nothing")
     if not 1 <= self.verify_width <= self.block_size:
       raise InputError(
           "verify_width", self.verify_width, f"1 … {self.block_size}, the block size"

@@ -61,6 +61,12 @@ class SentencePieceVocabulary:
         pieces = []
     return "".join([*texts, self._model.decode(pieces)])
 
+  def piece(self, token: int) -> str:
+    """What one id stands for, "▁" for a space; special ids and bytes in angle brackets."""
+    if token < self._num_pieces:
+      return self._model.id_to_piece(int(token))
+    return self.decode([token]) or f"<{token}>"
+
 
 class ByteVocabulary:
   """ByT5's: a byte of UTF-8 is its value + 3, after padding, EOS and unknown.
@@ -82,6 +88,16 @@ class ByteVocabulary:
     """Text of token ids; ids that aren't bytes and bytes that aren't UTF-8 are left out."""
     data = bytes(token - self.offset for token in ids if self.offset <= token < self.size)
     return data.decode("utf-8", errors="ignore")
+
+  def piece(self, token: int) -> str:
+    """What one id stands for, "▁" for a space; special ids and bytes in angle brackets."""
+    character = self.decode([token])
+    if character:
+      return character.replace(" ", "▁")
+    names = ("<pad>", "</s>", "<unk>")
+    if token < self.offset:
+      return names[token]
+    return f"<0x{token - self.offset:02X}>" if token < self.size else f"<{token}>"
 
 
 Vocabulary = SentencePieceVocabulary | ByteVocabulary
@@ -109,9 +125,20 @@ def load_vocabulary(folder: PathLike, vocab_size: int) -> Vocabulary | None:
     InputError: where the file can't be read or has more pieces than the model.
   """
   path = vocabulary_path(folder)
-  if path is None:
-    return None
-  if path.name == BYTES_FILE:
+  return None if path is None else open_vocabulary(path, vocab_size)
+
+
+def open_vocabulary(path: PathLike, vocab_size: int) -> Vocabulary:
+  """Reads a vocabulary file for a model.
+
+  Args:
+    path: a SentencePiece model, or ByT5's tokenizer_config.json.
+    vocab_size: rows of the model's embedding table.
+
+  Raises:
+    InputError: where the file can't be read or has more pieces than the model.
+  """
+  if _is_bytes(Path(path)):
     vocabulary, num_ids = ByteVocabulary(), ByteVocabulary.size
   else:
     vocabulary = SentencePieceVocabulary(path)

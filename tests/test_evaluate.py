@@ -1,8 +1,11 @@
 """Evaluation of a model folder: figures recomputed by hand, files, and bad input."""
 
+import copy
+import io
 import json
 import os
 from pathlib import Path
+import re
 import subprocess
 import sys
 
@@ -10,15 +13,18 @@ import gin
 import jax
 import numpy as np
 import pytest
+from rich.console import Console
 
 from bpd_jax.checkpoints import save_model
 from bpd_jax.data.jsonl import JsonlTask
+from bpd_jax.data.rows import rows_fingerprint, RowsTask, TASKS
 from bpd_jax.errors import InputError
-from bpd_jax.evaluate import evaluate
-from bpd_jax.evaluation.quality import is_looping, repeated_share
-from bpd_jax.evaluation.run import describe_generation, efficiency_interval, Method
-from bpd_jax.generation import Call, Generation, load
-from bpd_jax.launch import read_gin_files
+from bpd_jax.evaluate import evaluate, main
+from bpd_jax.evaluation.quality import edit_similarity, exact_match, rouge_l
+from bpd_jax.evaluation.run import describe_generation, Method
+from bpd_jax.evaluation.table import means_over_learned, print_results
+from bpd_jax.generation import Call, Generation, load, num_compilations
+from bpd_jax.launch import read_gin_files, run
 from bpd_jax.model.config import ModelConfig
 from bpd_jax.model.model import init_params
 from bpd_jax.partitioning import single_device
@@ -111,25 +117,6 @@ def test_counts_of_a_hand_made_generation():
   assert low == 2.0 and high == 5.0
 
 
-def test_interval_narrows_with_rows_and_holds_the_estimate():
-  rng = np.random.default_rng(1)
-  calls = rng.integers(5, 20, 400)
-  tokens = calls * 2 + rng.integers(-3, 4, 400)
-  widths = []
-  for rows in (25, 400):
-    low, high = efficiency_interval(tokens[:rows], calls[:rows])
-    assert low < tokens[:rows].sum() / calls[:rows].sum() < high
-    widths.append(high - low)
-  assert widths[1] < widths[0] / 2
-
-
-def test_repetition():
-  assert repeated_share([1, 2]) == 0.0
-  assert repeated_share([1, 2, 3, 4]) == 0.0
-  assert repeated_share([1, 1, 1, 1]) == 0.5
-  assert is_looping([1, 2, 3, 1, 2, 3]) and not is_looping(list(range(50)))
-
-
 def test_jsonl_rows_and_their_errors(tmp_path):
   path = tmp_path / "some.jsonl"
   path.write_text('{"q": "a", "a": "b"}\n\n{"q": "c", "a": "d"}\n')
@@ -145,8 +132,11 @@ def test_jsonl_rows_and_their_errors(tmp_path):
   with pytest.raises(InputError, match=r"some\.jsonl:1 a = None"):
     task.rows()
   path.write_text("\n")
-  with pytest.raises(InputError, match="at least one row"):
+  with pytest.raises(InputError, match=r"file = .*some\.jsonl': allowed is at least one row"):
     task.rows()
+  # JSON allows line separators inside texts.
+  path.write_text('{"q": "a\u2028b"}\n')
+  assert JsonlTask("qa", str(path), inputs="q").rows() == [{"inputs": "a\u2028b"}]
   with pytest.raises(InputError, match="a UTF-8 text file"):
     JsonlTask("qa", str(tmp_path / "absent")).rows()
 
@@ -168,16 +158,170 @@ def test_methods_that_the_model_lacks(model_folder, rows_file, tmp_path, methods
   assert not os.listdir(tmp_path)
 
 
+KEYS = {
+    "device", "dtype", "git_revision", "versions", "rows_fingerprint", "checkpoint", "batch_size",
+    "max_decode_length", "repeats", "tasks", "means_over_learned_tasks",
+}
+TASK_KEYS = {
+    "split", "examples", "rows_fingerprint", "learned", "main_metric", "quality",
+    "quality_interval", "quality_floors", "repetition", "unfinished_rows", "methods",
+}
+METHOD_KEYS = {
+    "block_size", "verify_width", "nodes", "tokens", "decoder_calls", "block_efficiency",
+    "block_efficiency_interval", "block_efficiency_loop_free", "identical_to_greedy",
+    "near_tie_rows", "seconds", "seconds_range", "tokens_per_second", "speedup_over_greedy",
+    "speedup_range", "accepted_length_histogram",
+}
+
+
+def test_every_key_is_there_and_explained(evaluated):
+  results, _ = evaluated
+  explained = (ROOT / "docs/reading_results.md").read_text()
+  task = results["tasks"]["rows"]
+  found = [results, task, *task["methods"].values()]
+  for keys, entry in zip([KEYS, TASK_KEYS] + [METHOD_KEYS] * 4, found, strict=True):
+    assert set(entry) == keys
+    assert not [key for key in keys if f"`{key}`" not in explained]
+  for key in ("quality", "quality_interval", "quality_floors", "learned", "main_metric"):
+    assert task[key] is None
+  assert results["means_over_learned_tasks"] == {"tasks": [], "methods": {}}
+  assert results["rows_fingerprint"] == task["rows_fingerprint"] == rows_fingerprint(
+      [{"inputs": text} for text in TEXTS]
+  )
+
+
+CHOSEN = ("docstring_lm", "code_format", "grammar")
+
+
+@pytest.fixture(scope="module")
+def evaluated_rows(model_folder, tmp_path_factory):
+  """The run file's tiny variant, on one task of each metric."""
+  output = tmp_path_factory.mktemp("out") / "results"
+  read_gin_files(["gin/runs/evaluate_tiny.gin"], [
+      f"CHECKPOINT = '{model_folder}'", f"OUTPUT = '{output}'", "SPLIT = 'validation'",
+      "MAX_EXAMPLES = 2",
+      "TASKS = [@docstring_lm/RowsTask(), @code_format/RowsTask(), @grammar/RowsTask()]",
+  ])
+  try:
+    return gin.get_configurable("evaluate")(), output
+  finally:
+    gin.clear_config()
+
+
+def test_quality_is_that_of_the_outputs(evaluated_rows):
+  results, output = evaluated_rows
+  assert tuple(results["tasks"]) == CHOSEN
+  for name, task in results["tasks"].items():
+    rows = RowsTask(name, "validation", 2).rows()
+    lines = [json.loads(x) for x in (output / f"{name}.greedy.jsonl").read_text().splitlines()]
+    assert [(x["inputs"], x["targets"]) for x in lines] == [
+        (x["inputs"], x["targets"]) for x in rows
+    ]
+    for metric in (rouge_l, exact_match, edit_similarity):
+      scores = [metric(line["targets"], line["output"]) for line in lines]
+      assert task["quality"][metric.__name__] == pytest.approx(np.mean(scores))
+    main = task["quality"][task["main_metric"]]
+    low, high = task["quality_interval"]
+    assert low <= main <= high
+    assert set(task["quality_floors"]) == {"another_reference", "input_start"}
+    # Nobody trained it.
+    assert task["learned"] is False
+    assert task["examples"] == 2 and task["rows_fingerprint"] == rows_fingerprint(rows)
+  every = [row for name in CHOSEN for row in RowsTask(name, "validation", 2).rows()]
+  assert results["rows_fingerprint"] == rows_fingerprint(every)
+  assert results["means_over_learned_tasks"] == {"tasks": [], "methods": {}}
+
+
+def printed(results):
+  console = Console(file=io.StringIO(), width=60)
+  print_results(results, console)
+  return console.file.getvalue()
+
+
+def test_table_says_quality_beside_efficiency(evaluated_rows):
+  results, _ = copy.deepcopy(evaluated_rows)
+  assert "mean of 0 learned of 3" in printed(results)
+  tasks = results["tasks"]
+  for name, efficiency, speedup in (("docstring_lm", 2.0, 0.5), ("grammar", 3.0, 2.0)):
+    tasks[name]["learned"] = True
+    tasks[name]["methods"]["blockwise"] |= {
+        "block_efficiency": efficiency, "speedup_over_greedy": speedup
+    }
+  tasks["code_format"]["methods"]["blockwise"] |= {"block_efficiency": 7.77}
+  tasks["mine"] = tasks["grammar"] | {"quality": None, "learned": None}
+  results["means_over_learned_tasks"] = means_over_learned(tasks)
+  found = printed(results)
+  lines = found.splitlines()
+  # A method's line ends with its figures, however narrow the terminal.
+  assert any(re.search(r"7\.770 .* 100\.0% +0 .*×", line) for line in lines)
+  assert found.count("*not learned*") == 1
+  assert sum(line.split()[:1] == ["learned"] for line in lines) == 2
+  assert found.count("no references, ") == 1
+  code_format = found[found.index(" code_format"):found.index(" grammar")]
+  floors = tasks["code_format"]["quality_floors"]
+  assert f"another reference {floors['another_reference']:.3f}" in code_format
+  assert f"input's start {floors['input_start']:.3f}" in code_format
+  assert f"edit_similarity {tasks['code_format']['quality']['edit_similarity']:.3f}" in code_format
+  mean = found[found.index("mean of 2 learned of 4"):]
+  # 2 and 3, and the geometric mean of 1/2 and 2; nothing of the 7.77.
+  assert re.search(r"blockwise +2\.500 +1\.00×", mean)
+
+
 def test_existing_output_is_refused(model_folder, rows_file, tmp_path):
   with pytest.raises(InputError, match="folder = .*a path where nothing is yet"):
     evaluate(str(model_folder), [JsonlTask("rows", str(rows_file))], [], str(tmp_path))
 
 
+def test_output_that_cannot_be_written_is_refused_before_the_model_is_read(rows_file, tmp_path):
+  (tmp_path / "file").write_text("")
+  with pytest.raises(InputError, match="folder = .*file/out': allowed is a path that can be writt"):
+    evaluate("absent", [JsonlTask("rows", str(rows_file))], [], str(tmp_path / "file/out"))
+
+
+def test_missing_checkpoint_leaves_no_output(rows_file, tmp_path):
+  with pytest.raises(InputError, match="^model folder = 'absent': allowed is a folder that exis"):
+    evaluate("absent", [JsonlTask("rows", str(rows_file))], [], str(tmp_path / "new/out"))
+  assert os.listdir(tmp_path / "new") == []
+
+
+def test_bad_row_of_the_last_task_is_named_before_any_decoding(model_folder, rows_file, tmp_path):
+  bad = tmp_path / "bad.jsonl"
+  bad.write_text('{"inputs": "fine"}\n{"inputs": "  "}\n')
+  before = num_compilations()
+  with pytest.raises(InputError, match=r"^last prompts\[1\] = '  ': allowed is a text that isn't"):
+    evaluate(str(model_folder), [JsonlTask("rows", str(rows_file)), JsonlTask("last", str(bad))],
+             [], str(tmp_path / "out"), max_decode_length=19)
+  assert num_compilations() == before
+  assert os.listdir(tmp_path) == ["bad.jsonl"]
+
+
+@pytest.mark.parametrize("make, message", [
+    (lambda path: [], r"tasks = \[\]: allowed is at least one"),
+    (lambda path: [JsonlTask("a", path), JsonlTask("a", path)], "tasks = .*names that differ"),
+    (lambda path: [JsonlTask("a/b", path)], "name = 'a/b': allowed is letters, digits"),
+    (lambda path: [JsonlTask(".a", path)], r"name = '\.a': allowed is letters, digits"),
+    (lambda path: [JsonlTask("a", path, main_metric="bleu")], "a main_metric = 'bleu'"),
+    (lambda path: [JsonlTask("a", path, instruction="(")], r"a instruction = '\(': allowed is a r"),
+    (lambda path: [JsonlTask("a", path, max_examples=0)], "a max_examples = 0: allowed is a posi"),
+    (lambda path: [RowsTask("grammar", max_examples=1.5)], r"grammar max_examples = 1\.5"),
+    (lambda path: [RowsTask("sonnets")], r"task = 'sonnets': allowed is one of \('docstring_summ"),
+    (lambda path: [RowsTask("grammar", "train")], "split = 'train': allowed is one of"),
+])
+def test_bad_tasks(rows_file, tmp_path, make, message):
+  with pytest.raises(InputError, match=message):
+    evaluate("absent", make(str(rows_file)), [], str(tmp_path / "out"))
+
+
+def test_method_with_a_name_that_no_file_can_have(rows_file, tmp_path):
+  with pytest.raises(InputError, match="name = 'a/b'"):
+    evaluate("absent", [JsonlTask("rows", str(rows_file))], [Method("a/b")], str(tmp_path / "out"))
+
+
 def test_run_file_says_what_it_runs(model_folder, rows_file, tmp_path):
-  read_gin_files(["gin/runs/evaluate.gin"], [
+  read_gin_files(["gin/runs/evaluate_jsonl.gin"], [
       f"CHECKPOINT = '{model_folder}'", f"ROWS = '{rows_file}'",
-      f"OUTPUT = '{tmp_path / 'out'}'", "MAX_DECODE_LENGTH = 8", "REPEATS = 1",
-      "VERIFY_WIDTH = 3",
+      f"OUTPUT = '{tmp_path / 'out'}'", "MAX_DECODE_LENGTH = 20", "REPEATS = 1",
+      "BATCH_SIZE = 3", "VERIFY_WIDTH = 2",
   ])
   try:
     results = gin.get_configurable("evaluate")()
@@ -185,8 +329,45 @@ def test_run_file_says_what_it_runs(model_folder, rows_file, tmp_path):
     gin.clear_config()
   methods = results["tasks"]["rows"]["methods"]
   assert {name: (x["block_size"], x["verify_width"]) for name, x in methods.items()} == {
-      "greedy": (1, 1), "blockwise": (4, 3), "perfect": (4, 3)
+      "greedy": (1, 1), "blockwise": (4, 2), "perfect": (4, 2)
   }
+
+
+@gin.configurable(module="test_evaluate")
+def tasks_of_a_file(tasks):
+  return tasks
+
+
+@pytest.mark.parametrize("bindings, expected", [
+    ([], [RowsTask(name) for name in TASKS]),
+    (["TASKS = [@grammar/RowsTask()]", "MAX_EXAMPLES = 2", "SPLIT = 'validation'"],
+     [RowsTask("grammar", "validation", 2)]),
+])
+def test_shipped_tasks_of_the_run_file(bindings, expected):
+  try:
+    read_gin_files(["gin/runs/evaluate.gin"], [
+        "CHECKPOINT = 'x'", "OUTPUT = 'y'", *bindings, "tasks_of_a_file.tasks = %TASKS"
+    ])
+    assert tasks_of_a_file() == expected
+  finally:
+    gin.clear_config()
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--gin.RowsTask.split='train'"], "error: split = 'train': allowed is one of ('validation', "),
+    (["--gin.TASKS=[@mine/RowsTask()]", "--gin.mine/RowsTask.name='mine'"],
+     "error: task = 'mine': allowed is one of ('docstring_summary', "),
+    ([], "error: model folder = 'absent': allowed is a folder that exists"),
+])
+def test_bad_input_is_one_line_and_status_2(options, message, tmp_path, capsys):
+  with pytest.raises(SystemExit) as ended:
+    run(main, ["--gin_file=gin/runs/evaluate.gin", "--gin.CHECKPOINT='absent'",
+               f"--gin.OUTPUT='{tmp_path / 'out'}'", *options])
+  gin.clear_config()
+  assert ended.value.code == 2
+  out, err = capsys.readouterr()
+  assert out == "" and len(err.splitlines()) == 1 and err.startswith(message)
+  assert os.listdir(tmp_path) == []
 
 
 def test_command_says_a_required_macro_in_one_line():

@@ -39,6 +39,7 @@ def model():
         ([[5]], {"method": "beam"}, "method = 'beam': allowed is one of ('greedy'"),
         ([[5]], {"block_size": 5}, "block_size = 5: allowed is 1 … 4, the model's heads"),
         ([[5]], {"block_size": 0}, "block_size = 0: allowed is a positive integer"),
+        ([[5]], {"method": "greedy", "block_size": 2}, "block_size = 2: allowed is 1 for method"),
         ([[5]], {"verify_width": 5}, "verify_width = 5: allowed is 1 … 4"),
         ([[5]], {"verify_width": 0}, "verify_width = 0"),
         ([[5]], {"max_length": 0}, "max_length = 0: allowed is a positive integer"),

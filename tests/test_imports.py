@@ -29,6 +29,7 @@ FLOORS = {
     "bpd_jax.evaluation": 3,
     "bpd_jax.launch": 4,
     "bpd_jax.configurables": 4,
+    "bpd_jax.decode": 4,
     "bpd_jax.evaluate": 4,
     "bpd_jax.plan": 4,
     "bpd_jax.benchmark": 4,

@@ -1,6 +1,8 @@
 """Gin files and the command line that reads them."""
 
+import importlib
 from pathlib import Path
+import re
 
 import gin
 import jax
@@ -37,6 +39,31 @@ def test_model_file_has_its_size(name):
   config = gin.get_configurable("ModelConfig")()
   count = sum(leaf.size for leaf in jax.tree.leaves(abstract_params(config, single_device())))
   assert count / 1e6 == pytest.approx(SIZES[name], rel=2e-3)
+
+
+@pytest.mark.parametrize(
+    "path", sorted(str(path.relative_to(ROOT)) for path in (ROOT / "gin").rglob("*.gin"))
+)
+def test_every_gin_file_parses_and_says_only_what_its_folder_is_for(path, monkeypatch):
+  monkeypatch.chdir(ROOT)
+  folder, command = Path(path).parent.name, Path(path).stem.partition("_")[0]
+  if folder == "runs":
+    # A run file begins with the name of its command, which registers what it configures.
+    importlib.import_module(f"bpd_jax.{command}")
+  read_gin_files([path], needs_all=False)
+  bound = {
+      line.split(" = ")[0].rpartition("/")[2].partition(".")[0]
+      for line in gin.config_str().splitlines() if re.match(r"[\w/]+\.\w+ = ", line)
+  }
+  assert bound
+  if folder == "models":
+    assert bound == {"ModelConfig"}
+  if folder == "tasks":
+    assert all(name.endswith("Task") for name in bound)
+  if folder == "runs":
+    # Whoever runs it says where, and is told so.
+    with pytest.raises(InputError, match="= 'required': allowed is a value: --gin"):
+      read_gin_files([path])
 
 
 def test_bindings_come_after_files():

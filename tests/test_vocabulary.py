@@ -74,6 +74,17 @@ def test_bytes_are_those_of_byt5():
   assert vocabulary.decode([0, *vocabulary.encode("a"), 1, 300, 3 + 0xE6]) == "a"
 
 
+def test_pieces_show_spaces_bytes_and_special_ids(sentencepiece_file):
+  vocabulary = SentencePieceVocabulary(sentencepiece_file)
+  size = vocabulary.size
+  ids = vocabulary.encode("the tokens")
+  assert "".join(map(vocabulary.piece, ids)) == "▁the▁tokens"
+  assert [vocabulary.piece(i) for i in (0, 1, 2)] == ["<pad>", "</s>", "<unk>"]
+  assert [vocabulary.piece(i) for i in (size - 1, size)] == ["<extra_id_0>", f"<{size}>"]
+  pieces = [ByteVocabulary().piece(i) for i in (0, 1, 2, 3 + 0x20, 3 + 0x41, 3 + 0xC3, 259)]
+  assert pieces == ["<pad>", "</s>", "<unk>", "▁", "A", "<0xC3>", "<259>"]
+
+
 def test_folder_without_and_with_a_vocabulary(tmp_path, sentencepiece_file):
   assert load_vocabulary(tmp_path / "absent", 384) is None
   assert vocabulary_path(tmp_path) == sentencepiece_file

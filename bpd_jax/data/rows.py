@@ -1,10 +1,12 @@
 """The rows that are shipped with the package, so that a table can be made anywhere.
 
-`load_rows` reads them; nothing but the standard library is needed. They were
-chosen from the built corpus by `choose_rows`, see docs/data.md.
+`load_rows` reads them, `RowsTask` is what an evaluation is given; nothing but the
+standard library is needed. They were chosen from the built corpus by
+`choose_rows`, see docs/data.md.
 """
 
 from collections.abc import Collection, Sequence
+import dataclasses
 import gzip
 import hashlib
 import json
@@ -13,6 +15,7 @@ from pathlib import Path
 from bpd_jax.data.cleaning import stable_hash
 from bpd_jax.data.extraction import Record
 from bpd_jax.data.grammar import grammar
+from bpd_jax.data.jsonl import check_max_examples
 from bpd_jax.data.manifest import write_jsonl
 from bpd_jax.data.text_tasks import RECORD_TASKS
 from bpd_jax.errors import InputError
@@ -25,7 +28,61 @@ NUM_ROWS = {"validation": 200, "test": 500}
 MAX_INPUT_TOKENS = 256
 MAX_TARGET_TOKENS = 128
 
+# What each task's outputs are judged by: prose by the words it shares with the
+# reference, code by edits, and the grammar, which has one right answer, by that.
+MAIN_METRICS = {
+    "docstring_summary": "rouge_l",
+    "docstring_qa": "rouge_l",
+    "docstring_lm": "rouge_l",
+    "code_format": "edit_similarity",
+    "code_body": "edit_similarity",
+    "grammar": "exact_match",
+}
+# The beginning of an input that says what to do rather than to what.
+INSTRUCTION = r"(summarize|question: .*\ncontext|continue|format|implement|grammar):\n"
+
 Row = dict[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class RowsTask:
+  """A task whose rows are shipped.
+
+  Attributes:
+    name: one of `TASKS`.
+    split: "validation", for choosing anything at all, or "test".
+    max_examples: how many rows, from the first; all by default.
+  """
+
+  name: str
+  split: str = "test"
+  max_examples: int | None = None
+
+  def __post_init__(self):
+    check_shipped(self.name, self.split)
+    check_max_examples(self.name, self.max_examples)
+
+  @property
+  def main_metric(self) -> str:
+    """By which outputs are judged."""
+    return MAIN_METRICS[self.name]
+
+  @property
+  def instruction(self) -> str:
+    """A regular expression for the beginning of an input that says what to do."""
+    return INSTRUCTION
+
+  def rows(self) -> list[Row]:
+    """Reads the rows; see `load_rows`."""
+    return load_rows(self.name, self.split)[: self.max_examples]
+
+
+def check_shipped(task: str, split: str) -> None:
+  """Raises InputError where the package has no rows of a task or split."""
+  if task not in TASKS:
+    raise InputError("task", task, f"one of {TASKS}")
+  if split not in NUM_ROWS:
+    raise InputError("split", split, f"one of {tuple(NUM_ROWS)}; the package ships no others")
 
 
 def load_rows(task: str, split: str = "test", folder: Path = FILES) -> list[Row]:
@@ -42,10 +99,7 @@ def load_rows(task: str, split: str = "test", folder: Path = FILES) -> list[Row]
   Raises:
     InputError: for an unknown task or split, or where the file can't be read.
   """
-  if task not in TASKS:
-    raise InputError("task", task, f"one of {TASKS}")
-  if split not in NUM_ROWS:
-    raise InputError("split", split, f"one of {tuple(NUM_ROWS)}; the package ships no others")
+  check_shipped(task, split)
   path = _path(folder, task, split)
   try:
     with gzip.open(path, "rt", encoding="utf-8") as file:
@@ -55,10 +109,13 @@ def load_rows(task: str, split: str = "test", folder: Path = FILES) -> list[Row]
 
 
 def rows_fingerprint(rows: Sequence[Row]) -> str:
-  """A hash of inputs and targets in order, the same wherever they are read."""
+  """A hash of inputs and targets in order, the same wherever they are read.
+
+  Rows needn't have targets.
+  """
   digest = hashlib.sha256()
   for row in rows:
-    digest.update(json.dumps([row["inputs"], row["targets"]]).encode("utf-8") + b"\n")
+    digest.update(json.dumps([row["inputs"], row.get("targets")]).encode("utf-8") + b"\n")
   return digest.hexdigest()[:16]
 
 

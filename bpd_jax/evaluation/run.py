@@ -7,7 +7,7 @@ after one untimed pass that compiles.
 
 from collections.abc import Sequence
 import dataclasses
-import hashlib
+import os
 from typing import Any
 
 import jax
@@ -15,11 +15,10 @@ import numpy as np
 from rich.progress import Progress
 
 from bpd_jax.errors import InputError
+from bpd_jax.evaluation.bootstrap import ratio_interval
 from bpd_jax.evaluation.exactness import check_differences, Difference, find_differences
-from bpd_jax.evaluation.quality import is_looping, repeated_share
+from bpd_jax.evaluation.quality import is_looping
 from bpd_jax.generation import Generation, Generator
-
-NUM_RESAMPLES = 1000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +61,7 @@ class Measurement:
 
 def measure_methods(
     generator: Generator,
-    prompts: Sequence[str],
+    prompts: Sequence[str] | Sequence[Sequence[int]],
     methods: Sequence[Method],
     *,
     max_decode_length: int,
@@ -75,7 +74,7 @@ def measure_methods(
 
   Args:
     generator: the model.
-    prompts: texts.
+    prompts: texts, or token ids.
     methods: besides greedy, which is put first where it isn't among them.
     max_decode_length: most tokens of an output.
     batch_size: rows decoded together.
@@ -148,6 +147,7 @@ def measure_methods(
             "seconds_range": [float(elapsed.min()), float(elapsed.max())],
             "tokens_per_second": results["tokens"] / float(np.median(elapsed)),
             "speedup_over_greedy": float(np.median(base / elapsed)),
+            "speedup_range": [float((base / elapsed).min()), float((base / elapsed).max())],
         },
         generation=generation,
         differences=differences,
@@ -166,7 +166,7 @@ def describe_generation(generation: Generation) -> dict[str, Any]:
       "tokens": int(tokens.sum()),
       "decoder_calls": int(calls.sum()),
       "block_efficiency": generation.block_efficiency,
-      "block_efficiency_interval": efficiency_interval(tokens, calls),
+      "block_efficiency_interval": ratio_interval(tokens, calls),
       "block_efficiency_loop_free": (
           float(tokens[is_free].sum() / calls[is_free].sum()) if is_free.any() else None
       ),
@@ -174,35 +174,8 @@ def describe_generation(generation: Generation) -> dict[str, Any]:
   }
 
 
-def efficiency_interval(tokens: np.ndarray, calls: np.ndarray) -> list[float]:
-  """Bootstrap 95 % interval of a block efficiency, rows resampled, seed fixed.
-
-  Args:
-    tokens: [rows] emitted.
-    calls: [rows] decoder calls.
-  """
-  rng = np.random.default_rng(0)
-  rows = rng.integers(0, len(tokens), [NUM_RESAMPLES, len(tokens)])
-  efficiency = tokens[rows].sum(1) / calls[rows].sum(1)
-  return [float(x) for x in np.quantile(efficiency, [0.025, 0.975])]
-
-
-def describe_repetition(generation: Generation) -> dict[str, float]:
-  """How much greedy's outputs repeat themselves, and which share of rows loops."""
-  shares = [repeated_share(row.tolist()) for row in generation.tokens]
-  looping = [is_looping(row.tolist()) for row in generation.tokens]
-  return {"outputs": float(np.mean(shares)), "looping_rows": float(np.mean(looping))}
-
-
-def fingerprint(prompts: Sequence[str]) -> str:
-  """A hash of the rows, the same wherever they are read."""
-  digest = hashlib.sha256()
-  for prompt in prompts:
-    digest.update(prompt.encode("utf-8") + b"\0")
-  return digest.hexdigest()[:16]
-
-
 def describe_device() -> str:
   """The first device in words, and how many there are."""
   devices = jax.devices()
-  return f"{len(devices)} × {devices[0].device_kind}"
+  cores = f" of {os.cpu_count()} cores" if devices[0].platform == "cpu" else ""
+  return f"{len(devices)} × {devices[0].device_kind}{cores}"

@@ -1,0 +1,176 @@
+"""Decodes prompts with a model folder, and shows what every call drafted.
+
+  python -m bpd_jax.decode --checkpoint models/docstrings --show-drafts "continue: …"
+  python -m bpd_jax.decode --checkpoint models/docstrings --file prompts.txt
+  … | python -m bpd_jax.decode --checkpoint models/docstrings
+
+A file or standard input has a prompt a line; with `--field NAME` a line is a JSON
+object that has the prompt in a field.
+"""
+
+import argparse
+from collections.abc import Sequence
+import sys
+
+from rich.console import Console
+from rich.text import Text
+
+from bpd_jax.data.jsonl import parse_jsonl
+from bpd_jax.errors import InputError
+from bpd_jax.generation import Call, Generation, load
+from bpd_jax.launch import run
+from bpd_jax.vocabulary import Vocabulary
+
+PROMPT_WIDTH = 70
+# In a pipe there are no colours, so that a character says the same.
+ACCEPTED, REJECTED, BASE = ("+", "green"), ("-", "red"), ("=", "bold")
+LEGEND = "# call, accepted/drafted: + accepted, = the base model's own choice, - rejected"
+
+
+def read_prompts(prompts: Sequence[str], file: str | None, field: str | None) -> list[str]:
+  """Prompts from the command line, a file or standard input.
+
+  Args:
+    prompts: those on the command line.
+    file: a path; standard input where this and `prompts` are empty.
+    field: of a JSON object, one a line; None where each line is a prompt.
+
+  Raises:
+    InputError: where there are none, or from two places.
+  """
+  if prompts:
+    for name, value in (("file", file), ("field", field)):
+      if value is not None:
+        raise InputError(name, value, "no option beside prompts on the command line")
+    return list(prompts)
+  source = file or "standard input"
+  if file is None and sys.stdin.isatty():
+    print("prompts, one a line, then Ctrl-D:", file=sys.stderr)
+  try:
+    if file is None:
+      text = sys.stdin.buffer.read().decode("utf-8")
+    else:
+      with open(file, encoding="utf-8") as lines:
+        text = lines.read()
+  except (OSError, UnicodeDecodeError) as error:
+    raise InputError("file", source, "a UTF-8 text file that exists") from error
+  if field is not None:
+    return [row["inputs"] for row in parse_jsonl(text, {"inputs": field}, source)]
+  if source.endswith(".jsonl"):
+    raise InputError("field", field, f"the field of {source} that holds the prompt")
+  found = [line for line in text.splitlines() if line.strip()]
+  if not found:
+    raise InputError("file", source, "at least one prompt")
+  return found
+
+
+def print_row(
+    console: Console, prompt: str, generation: Generation, row: int, vocabulary: Vocabulary,
+    has_drafts: bool,
+) -> None:
+  """Prints a prompt's output, its counts, and where asked its calls.
+
+  Args:
+    console: for all but the output itself, which is printed as it is.
+    prompt: the text.
+    generation: of all prompts.
+    row: index of this one.
+    vocabulary: the model's.
+    has_drafts: whether each call is shown.
+  """
+  shown = " ".join(prompt.split())
+  if len(shown) > PROMPT_WIDTH:
+    shown = shown[: PROMPT_WIDTH - 1] + "…"
+  console.print(f"# {row + 1}: {shown}", style="dim")
+  print(generation.texts[row])
+  if has_drafts:
+    for number, call in enumerate(generation.traces[row], start=1):
+      console.print(describe_call(number, call, vocabulary))
+  counts = describe_counts(len(generation.tokens[row]), generation.calls[row])
+  console.print(f"# {counts}", style="dim")
+
+
+def describe_call(number: int, call: Call, vocabulary: Vocabulary) -> Text:
+  """A call on a line: what it drafted, and the token that is the base model's own.
+
+  The token stands where it was decided, after the accepted ones; the rejected
+  rest of the draft follows.
+  """
+  accepted = call.num_accepted
+  parts = [(ACCEPTED, call.emitted[:accepted]), (BASE, call.emitted[accepted:]),
+           (REJECTED, call.draft[accepted:])]
+  text = Text(f"{number:5}  {accepted}/{len(call.draft)} ")
+  for (sign, style), tokens in parts:
+    for token in tokens:
+      text.append(" ").append(sign + _on_one_line(vocabulary.piece(token)), style)
+  return text
+
+
+def describe_counts(tokens: int, calls: int) -> str:
+  """Tokens, calls and block efficiency in words."""
+  return f"{tokens} tokens, {calls} decoder calls, block efficiency {tokens / calls:.2f}"
+
+
+def _on_one_line(piece: str) -> str:
+  return "".join(
+      character if character.isprintable() else character.encode("unicode_escape").decode()
+      for character in piece
+  )
+
+
+def main(argv: Sequence[str]) -> None:
+  """Decodes; see `--help`."""
+  parser = argparse.ArgumentParser(
+      prog="python -m bpd_jax.decode", description=__doc__.splitlines()[0]
+  )
+  parser.add_argument("--checkpoint", required=True, metavar="DIR", help="a model folder")
+  parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="a text")
+  parser.add_argument(
+      "--file", metavar="FILE",
+      help="prompts, one a line (default: standard input, where no PROMPT is given)",
+  )
+  parser.add_argument(
+      "--field", metavar="NAME", help="lines are JSON objects, and the prompt is this field"
+  )
+  parser.add_argument(
+      "--method", choices=("greedy", "blockwise"), default="blockwise",
+      help="greedy's tokens come out of both (default blockwise, with the model's heads)",
+  )
+  parser.add_argument(
+      "--show-drafts", "--show_drafts", action="store_true",
+      help="show each call's draft: + accepted, - rejected, = the base model's own choice",
+  )
+  parser.add_argument(
+      "--block-size", type=int, metavar="H", help="most tokens a call emits (default the model's)"
+  )
+  parser.add_argument(
+      "--verify-width", type=int, metavar="N", help="nodes a call, at most H (default H)"
+  )
+  parser.add_argument(
+      "--max-length", type=int, default=128, metavar="N",
+      help="most tokens of an output (default 128)",
+  )
+  parser.add_argument(
+      "--batch-size", type=int, default=8, metavar="N",
+      help="most prompts decoded together (default 8)",
+  )
+  parser.add_argument("--dtype", help="to compute in, instead of the checkpoint's")
+  args = parser.parse_args(argv)
+  prompts = read_prompts(args.prompts, args.file, args.field)
+  model = load(args.checkpoint, dtype=args.dtype)
+  generation = model.generate(
+      prompts, args.method, block_size=args.block_size, verify_width=args.verify_width,
+      max_length=args.max_length, batch_size=min(args.batch_size, len(prompts)),
+  )
+  console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
+  if args.show_drafts:
+    console.print(LEGEND, style="dim")
+  for row, prompt in enumerate(prompts):
+    print_row(console, prompt, generation, row, model.vocabulary, args.show_drafts)
+  if len(prompts) > 1:
+    total = describe_counts(sum(map(len, generation.tokens)), sum(generation.calls))
+    console.print(f"# all {len(prompts)}: {total}", style="dim")
+
+
+if __name__ == "__main__":
+  run(main)

@@ -1,0 +1,192 @@
+"""The decode command: what it prints is what the generator did, and bad input is one line."""
+
+import io
+import json
+import os
+from pathlib import Path
+import re
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from rich.console import Console
+
+from bpd_jax.checkpoints import save_model
+from bpd_jax.decode import describe_call, main, read_prompts
+from bpd_jax.errors import InputError
+from bpd_jax.generation import Call, load
+from bpd_jax.launch import run
+from bpd_jax.model.config import ModelConfig
+from bpd_jax.model.model import init_params
+from bpd_jax.partitioning import single_device
+from bpd_jax.vocabulary import ByteVocabulary
+
+ROOT = Path(__file__).resolve().parent.parent
+BYTES = ByteVocabulary()
+CONFIG = ModelConfig(
+    vocab_size=384, d_model=16, d_ff=32, d_kv=8, num_heads=2, num_encoder_layers=1,
+    num_decoder_layers=1, block_size=4, head_d_ff=16,
+)
+PROMPTS = ["one prompt", "ü — [/bold] :smile:"]
+# What the model can write. Two letters and a line break, so that heads of noise
+# are often right.
+LETTERS = [*BYTES.encode("a"), *BYTES.encode("b"), *BYTES.encode("\n")]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("models")
+  vocabulary = folder / "tokenizer_config.json"
+  vocabulary.write_text('{"tokenizer_class": "ByT5Tokenizer"}')
+  params = jax.device_get(init_params(CONFIG, single_device(), jax.random.key(3)))
+  rng = np.random.default_rng(0)
+  params["heads"]["w2"] = rng.standard_normal(params["heads"]["w2"].shape, np.float32)
+  kernel = np.zeros_like(params["logits_kernel"])
+  # No letter's column is another's, and some is positive: nothing else is ever written.
+  kernel[:, LETTERS] = rng.standard_normal([CONFIG.d_model, len(LETTERS)])
+  kernel[:, LETTERS[-1]] = -kernel[:, LETTERS[0]] - kernel[:, LETTERS[1]]
+  params["logits_kernel"] = kernel
+  save_model(folder / "model", CONFIG, params, vocabulary)
+  return str(folder / "model")
+
+
+@pytest.fixture(scope="module")
+def expected(folder):
+  return load(folder).generate(PROMPTS, max_length=12, batch_size=2)
+
+
+def shown_by(capsys, folder, *options):
+  main(["--checkpoint", folder, "--max-length", "12", *options])
+  return capsys.readouterr().out
+
+
+def test_call_on_a_line():
+  accepted, other = BYTES.encode("a b"), BYTES.encode("x\n")
+  call = Call(draft=[*accepted, *other], emitted=[*accepted, 1])
+  text = describe_call(7, call, BYTES)
+  assert text.plain == "    7  3/5  +a +▁ +b =</s> -x -\\n"
+  styles = {text.plain[span.start : span.end]: span.style for span in text.spans}
+  assert styles == {
+      "+a": "green", "+▁": "green", "+b": "green", "=</s>": "bold", "-x": "red", "-\\n": "red"
+  }
+  assert describe_call(1, Call([], accepted[:1]), BYTES).plain == "    1  0/0  =a"
+  # An accepted EOS ends the row: the call has no token of the base model's own.
+  assert describe_call(2, Call([1, 9], [1]), BYTES).plain == "    2  1/2  +</s> -\\x06"
+
+
+def test_prompts_and_outputs_and_counts(folder, expected, capsys):
+  out = shown_by(capsys, folder, *PROMPTS)
+  tokens, calls = [len(row) for row in expected.tokens], expected.calls
+  assert sum(calls) < sum(tokens) == 24
+  counts = lambda n, m: f"{n} tokens, {m} decoder calls, block efficiency {n / m:.2f}\n"
+  assert out == "".join([
+      "# 1: one prompt\n", f"{expected.texts[0]}\n", "# ", counts(tokens[0], calls[0]),
+      "# 2: ü — [/bold] :smile:\n", f"{expected.texts[1]}\n", "# ", counts(tokens[1], calls[1]),
+      "# all 2: ", counts(sum(tokens), sum(calls)),
+  ])
+
+
+def test_greedy_writes_the_same_in_more_calls(folder, expected, capsys):
+  out = shown_by(capsys, folder, "--method", "greedy", PROMPTS[0])
+  assert out == (
+      f"# 1: one prompt\n{expected.texts[0]}\n"
+      "# 12 tokens, 12 decoder calls, block efficiency 1.00\n"
+  )
+
+
+@pytest.mark.parametrize("option", ["--show-drafts", "--show_drafts"])
+def test_drafts_read_back_are_the_traces(folder, expected, capsys, option):
+  out = shown_by(capsys, folder, option, *PROMPTS)
+  assert "\x1b" not in out
+  assert "+ accepted" in out and "- rejected" in out
+  rows = re.findall(r"^# \d: .*?^# \d+ tokens", out, re.MULTILINE | re.DOTALL)
+  ids = {"a": LETTERS[0], "b": LETTERS[1], "\\n": LETTERS[2]}
+  kinds = set()
+  for row, trace in zip(rows, expected.traces, strict=True):
+    lines = re.findall(r"^ +(\d+)  (\d+)/(\d+)  (.*)$", row, re.MULTILINE)
+    assert [int(line[0]) for line in lines] == list(range(1, len(trace) + 1))
+    for (_, accepted, drafted, pieces), call in zip(lines, trace, strict=True):
+      tokens = [(piece[0], ids[piece[1:]]) for piece in pieces.split(" ")]
+      of = lambda signs, tokens=tokens: [token for sign, token in tokens if sign in signs]
+      assert of("+=") == call.emitted and of("+-") == call.draft
+      assert (len(of("+")), len(of("+-"))) == (int(accepted), int(drafted))
+      kinds |= {sign for sign, _ in tokens}
+  # Otherwise nothing was told apart.
+  assert kinds == {"+", "-", "="}
+
+
+def test_colours_on_a_terminal():
+  console = Console(file=io.StringIO(), force_terminal=True, color_system="standard")
+  console.print(describe_call(1, Call(LETTERS, LETTERS[:2]), BYTES))
+  out = console.file.getvalue()
+  assert "\x1b[32m+a\x1b[0m" in out and "\x1b[31m-\\n\x1b[0m" in out
+
+
+def test_prompts_come_from_a_file_or_standard_input(tmp_path, monkeypatch):
+  lines = tmp_path / "prompts.txt"
+  lines.write_text("one\n\n  two ü\nthree", encoding="utf-8")
+  assert read_prompts([], str(lines), None) == ["one", "  two ü", "three"]
+  monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("four\nfünf\n".encode())))
+  assert read_prompts([], None, None) == ["four", "fünf"]
+  objects = tmp_path / "prompts.jsonl"
+  objects.write_text(json.dumps({"q": "two\nlines"}) + "\n\n" + json.dumps({"q": "x"}) + "\n")
+  assert read_prompts([], str(objects), "q") == ["two\nlines", "x"]
+  monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b'{"q": "y"}')))
+  assert read_prompts([], None, "q") == ["y"]
+  assert read_prompts(["a", "b"], None, None) == ["a", "b"]
+
+
+@pytest.mark.parametrize("content, prompts, field, message", [
+    (None, [], None, r"file = .*absent.*: allowed is a UTF-8 text file that exists"),
+    (b"\n \n", [], None, r"file = .*: allowed is at least one prompt"),
+    (b"\xff", [], None, r"file = .*: allowed is a UTF-8 text file"),
+    (b"{}", [], "q", r"prompts\.txt:1 q = None: allowed is a text"),
+    (b"\n", [], "q", r"file = .*: allowed is at least one row"),
+    (b"x", ["y"], None, r"file = .*: allowed is no option beside prompts on the command line"),
+])
+def test_bad_files(tmp_path, content, prompts, field, message):
+  path = tmp_path / ("absent" if content is None else "prompts.txt")
+  if content is not None:
+    path.write_bytes(content)
+  with pytest.raises(InputError, match=message):
+    read_prompts(prompts, str(path), field)
+
+
+def test_jsonl_without_a_field_is_not_decoded_as_text(tmp_path):
+  path = tmp_path / "rows.jsonl"
+  path.write_text('{"inputs": "x"}\n')
+  with pytest.raises(InputError, match=r"field = None: allowed is the field of .*rows\.jsonl"):
+    read_prompts([], str(path), None)
+  with pytest.raises(InputError, match="field = 'q': allowed is no option beside prompts"):
+    read_prompts(["x"], None, "q")
+
+
+@pytest.mark.parametrize("options, message", [
+    (["  "], "prompts[0] = '  ': allowed is a text that isn't empty"),
+    (["fine", "x" * 2048], "prompts[1] length = 2049: allowed is 1 … 2048"),
+    (["x", "--block-size", "5"], "block_size = 5: allowed is 1 … 4, the model's heads"),
+    (["x", "--verify-width", "5"], "verify_width = 5: allowed is 1 … 4"),
+    (["x", "--max-length", "0"], "max_length = 0: allowed is a positive integer"),
+    (["x", "--batch-size", "0"], "batch_size = 0: allowed is a positive multiple of 1"),
+    (["x", "--method", "greedy", "--block-size", "2"], "block_size = 2: allowed is 1 for method"),
+    (["x", "--dtype", "float12"], "ModelConfig.dtype = 'float12': allowed is bfloat16"),
+    (["x", "--checkpoint", "absent"], "model folder = 'absent': allowed is a folder that exists"),
+])
+def test_bad_input_is_one_line_and_status_2(folder, options, message, capsys):
+  with pytest.raises(SystemExit) as ended:
+    run(main, ["--checkpoint", folder, *options])
+  assert ended.value.code == 2
+  out, err = capsys.readouterr()
+  assert out == "" and len(err.splitlines()) == 1 and err.startswith(f"error: {message}")
+
+
+def test_command_in_a_pipe(folder, expected):
+  done = subprocess.run(
+      [sys.executable, "-m", "bpd_jax.decode", "--checkpoint", folder, "--max-length", "12"],
+      cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, input="\n".join(PROMPTS),
+      capture_output=True, text=True, check=True,
+  )
+  assert done.stderr == ""
+  assert f"# 1: one prompt\n{expected.texts[0]}\n# 12 tokens" in done.stdout
