@@ -317,6 +317,23 @@ def test_method_with_a_name_that_no_file_can_have(rows_file, tmp_path):
     evaluate("absent", [JsonlTask("rows", str(rows_file))], [Method("a/b")], str(tmp_path / "out"))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_tokens_that_are_not_greedys_end_with_status_1(
+    model_folder, rows_file, tmp_path, monkeypatch, dtype
+):
+  # No method is wrong, so the verdict has to be.
+  monkeypatch.setattr("bpd_jax.evaluation.run.check_differences", lambda *args: False)
+  arguments = (str(model_folder), [JsonlTask("rows", str(rows_file))], [], str(tmp_path / "out"))
+  options = {"max_decode_length": 20, "batch_size": 3, "repeats": 1, "dtype": dtype}
+  if dtype == "float32":
+    with pytest.raises(SystemExit, match="^error: tokens that aren't greedy's: rows greedy$"):
+      evaluate(*arguments, **options)
+  else:
+    # There the share that is identical is a measurement.
+    evaluate(*arguments, **options)
+  assert json.loads((tmp_path / "out/results.json").read_text())["dtype"] == dtype
+
+
 def test_run_file_says_what_it_runs(model_folder, rows_file, tmp_path):
   read_gin_files(["gin/runs/evaluate_jsonl.gin"], [
       f"CHECKPOINT = '{model_folder}'", f"ROWS = '{rows_file}'",
