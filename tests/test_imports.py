@@ -35,6 +35,7 @@ FLOORS = {
     "bpd_jax.benchmark": 4,
     "bpd_jax.export": 4,
     "bpd_jax.import_checkpoint": 4,
+    "bpd_jax.prepare": 4,
 }
 # Commands of a package further down start like every other.
 COMMANDS = {("bpd_jax.data.docstrings", "bpd_jax.launch")}
