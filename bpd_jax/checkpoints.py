@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 from bpd_jax.errors import InputError
 from bpd_jax.folders import check_new, new_folder, PathLike, read_object, write_object
 from bpd_jax.model.config import ModelConfig
-from bpd_jax.model.model import abstract_params
+from bpd_jax.model.model import abstract_params, init_params
 from bpd_jax.partitioning import Partitioning, single_device
 from bpd_jax.vocabulary import stored_name
 
@@ -103,6 +103,44 @@ def load_model(
     for name, leaf in _flatten(target).items():
       _check_divides(name, leaf)
     return config, checkpointer.restore(path, target)
+
+
+def start_from(
+    folder: PathLike, config: ModelConfig, partitioning: Partitioning, *,
+    has_fresh_heads: bool = False, seed: int = 0,
+) -> tuple[Any, str]:
+  """A model folder's parameters for a config that may differ in its heads.
+
+  Args:
+    folder: from `save_model`.
+    config: the folder's, but for `block_size`, dropout and dtype of activations.
+    partitioning: where the parameters go.
+    has_fresh_heads: whether the folder's parallel heads are dropped.
+    seed: of heads that the folder lacks.
+
+  Returns:
+    Parameters, and a line on which were matched, are new, or are unused.
+
+  Raises:
+    InputError: see `load_model`.
+  """
+  found, params = load_model(folder, partitioning)
+  old = params.pop("heads", None)
+  num_old, num_heads = found.block_size - 1, config.block_size - 1
+  num_kept = 0 if has_fresh_heads else min(num_old, num_heads)
+  if num_heads:
+    params["heads"] = init_params(config, partitioning, jax.random.key(seed))["heads"]
+  if num_kept:
+    params["heads"] = jax.tree.map(
+        lambda new, old: jax.device_put(
+            new.at[:num_kept].set(old[:num_kept]), new.sharding
+        ),
+        params["heads"], old,
+    )
+  return params, (
+      f"{folder}: base model matched; parallel heads: {num_kept} matched, "
+      f"{num_heads - num_kept} new, {num_old - num_kept} unused"
+  )
 
 
 def check_vocabulary(path: PathLike | None) -> Path | None:

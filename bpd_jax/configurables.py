@@ -6,12 +6,21 @@ the library itself knows nothing of gin.
 
 import gin
 
+from bpd_jax.data.datasets import CachedTask
+from bpd_jax.data.grammar import GrammarTask
 from bpd_jax.data.jsonl import JsonlTask
 from bpd_jax.data.rows import RowsTask
 from bpd_jax.evaluation.run import Method
+from bpd_jax.evaluation.validation import Validation
 from bpd_jax.model.config import ModelConfig
 from bpd_jax.partitioning import make_partitioning
+from bpd_jax.training.loop import Schedule
+from bpd_jax.training.loss import Loss
+from bpd_jax.training.optimizer import Optimizer
 
-for configurable in (JsonlTask, Method, ModelConfig, RowsTask):
+for configurable in (
+    CachedTask, GrammarTask, JsonlTask, Loss, Method, ModelConfig, Optimizer, RowsTask, Schedule,
+    Validation,
+):
   gin.external_configurable(configurable, module="bpd_jax")
 gin.external_configurable(make_partitioning, module="bpd_jax", denylist=["devices"])

@@ -8,13 +8,10 @@ docs/reading_results.md says what the figures mean.
 """
 
 from collections.abc import Sequence
-import importlib.metadata
 import itertools
 import json
 from pathlib import Path
-import platform
 import re
-import subprocess
 from typing import Any
 
 import gin
@@ -23,16 +20,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from bpd_jax.data.jsonl import JsonlTask
 from bpd_jax.data.rows import rows_fingerprint, RowsTask
+from bpd_jax.environment import describe_device, git_revision, versions
 from bpd_jax.errors import InputError
 from bpd_jax.evaluation.quality import check_metric, describe_quality
-from bpd_jax.evaluation.run import describe_device, GREEDY, measure_methods, Measurement, Method
+from bpd_jax.evaluation.run import GREEDY, measure_methods, Measurement, Method
 from bpd_jax.evaluation.table import means_over_learned, print_results
 from bpd_jax.folders import new_folder, write_object
 from bpd_jax.generation import Generator, load
 from bpd_jax.launch import read_gin, run
 from bpd_jax.partitioning import Partitioning
-
-PACKAGES = ("bpd_jax", "jax", "jaxlib", "flax", "numpy")
 
 Task = RowsTask | JsonlTask
 
@@ -148,22 +144,6 @@ def _encode(model: Generator, task: Task, rows: Sequence[dict[str, str]]) -> lis
     return model.encode_prompts([row["inputs"] for row in rows])
   except InputError as error:
     raise InputError(f"{task.name} {error.field}", error.value, error.allowed) from error
-
-
-def git_revision() -> str | None:
-  """The revision of the source tree, None outside one."""
-  done = subprocess.run(
-      ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"],
-      capture_output=True, text=True, check=False,
-  )
-  return done.stdout.strip() or None
-
-
-def versions() -> dict[str, str]:
-  """Versions of Python and of the packages that compute."""
-  return {"python": platform.python_version()} | {
-      name: importlib.metadata.version(name) for name in PACKAGES
-  }
 
 
 def _write(

@@ -17,6 +17,7 @@ FLOORS = {
     "bpd_jax": 3,
     "bpd_jax.errors": 0,
     "bpd_jax.folders": 0.5,
+    "bpd_jax.environment": 0.5,
     "bpd_jax.partitioning": 1,
     "bpd_jax.vocabulary": 1,
     "bpd_jax.model": 1,
@@ -26,6 +27,7 @@ FLOORS = {
     "bpd_jax.decoding": 2,
     "bpd_jax.interchange": 2,
     "bpd_jax.generation": 2.5,
+    "bpd_jax.distillation": 3,
     "bpd_jax.evaluation": 3,
     "bpd_jax.launch": 4,
     "bpd_jax.configurables": 4,
@@ -36,6 +38,7 @@ FLOORS = {
     "bpd_jax.export": 4,
     "bpd_jax.import_checkpoint": 4,
     "bpd_jax.prepare": 4,
+    "bpd_jax.train": 4,
 }
 # Commands of a package further down start like every other.
 COMMANDS = {("bpd_jax.data.docstrings", "bpd_jax.launch")}
@@ -43,6 +46,8 @@ NEVER = {
     "bpd_jax.decoding": ("bpd_jax.model", "bpd_jax.partitioning", "gin", "tensorflow", "seqio"),
     "bpd_jax.model": ("bpd_jax.decoding", "gin", "tensorflow", "seqio"),
     "bpd_jax.generation": ("gin", "tensorflow", "seqio"),
+    "bpd_jax.training": ("gin", "tensorflow", "seqio"),
+    "bpd_jax.train": ("tensorflow", "seqio"),
     "bpd_jax.evaluation": ("gin",),
     "bpd_jax.interchange": ("torch", "transformers", "gin"),
 }

@@ -50,6 +50,7 @@ import numpy as np
 
 from bpd_jax.data.sources import SPLITS
 from bpd_jax.data.text_tasks import Example
+from bpd_jax.errors import InputError
 
 NUM_OPENERS = 10
 FIRST_OPENER = 1 / 4
@@ -152,3 +153,29 @@ def ideal_block_efficiency(rows: Sequence[Sequence[int]], block_size: int) -> fl
   """
   tokens = sum(1 + sum(length + 1 for length in lengths) for lengths in rows)
   return tokens / sum(ideal_calls(lengths, block_size) for lengths in rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class GrammarTask:
+  """Rows of the grammar, any number of them.
+
+  Attributes:
+    split: "train", "validation" or "test"; see `grammar`.
+    max_examples: how many.
+    seed: of the lexicon and the rows.
+    name: in results.
+  """
+
+  split: str = "train"
+  max_examples: int = 10_000
+  seed: int = 0
+  name: str = "grammar"
+
+  def rows(self) -> list[dict[str, str]]:
+    """`inputs` and `targets` of each."""
+    if self.split not in SPLITS:
+      raise InputError("GrammarTask.split", self.split, f"one of {SPLITS}")
+    return [
+        dataclasses.asdict(example)
+        for example in grammar(self.split, self.max_examples, self.seed)
+    ]

@@ -7,10 +7,8 @@ after one untimed pass that compiles.
 
 from collections.abc import Sequence
 import dataclasses
-import os
 from typing import Any
 
-import jax
 import numpy as np
 from rich.progress import Progress
 
@@ -172,10 +170,3 @@ def describe_generation(generation: Generation) -> dict[str, Any]:
       ),
       "accepted_length_histogram": np.bincount(accepted).tolist(),
   }
-
-
-def describe_device() -> str:
-  """The first device in words, and how many there are."""
-  devices = jax.devices()
-  cores = f" of {os.cpu_count()} cores" if devices[0].platform == "cpu" else ""
-  return f"{len(devices)} × {devices[0].device_kind}{cores}"

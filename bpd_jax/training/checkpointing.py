@@ -30,6 +30,7 @@ class Checkpoints:
   ):
     """Opens the run's folder `checkpoints`, and clears what a killed run left half written."""
     self.best_metric = best_metric
+    self._is_higher_better = is_higher_better
     policies = [checkpoint_managers.LatestN(1)]
     if best_metric is not None:
       policies.append(
@@ -60,7 +61,12 @@ class Checkpoints:
     """The step of the best state; None where none was measured."""
     if self.best_metric is None:
       return None
-    return self._manager.best_step()
+    measured = [
+        (metrics[self.best_metric], step)
+        for step in self._manager.all_steps() if (metrics := self._manager.metrics(step))
+    ]
+    choose = max if self._is_higher_better else min
+    return choose(measured)[1] if measured else None
 
   def save(self, step: int, state: Any, metrics: Mapping[str, float] | None = None) -> None:
     """Begins to write a state; waits for the one before.

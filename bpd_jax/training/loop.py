@@ -131,7 +131,7 @@ def check_run(workdir: str | os.PathLike, identity: Mapping[str, Any]) -> bool:
   return False
 
 
-def train(
+def train_steps(
     workdir: str | os.PathLike,
     step_function: Step,
     batches: BatchSource,

@@ -1,0 +1,106 @@
+"""Tasks for training, opened as datasets of token ids."""
+
+import dataclasses
+import hashlib
+from pathlib import Path
+
+import numpy as np
+
+from bpd_jax.data.batches import Dataset
+from bpd_jax.data.grammar import GrammarTask
+from bpd_jax.data.jsonl import JsonlTask
+from bpd_jax.data.rows import rows_fingerprint, RowsTask
+from bpd_jax.data.token_cache import TokenCache, write_cache
+from bpd_jax.errors import InputError
+from bpd_jax.vocabulary import Vocabulary
+
+TextTask = JsonlTask | RowsTask | GrammarTask
+
+
+@dataclasses.dataclass(frozen=True)
+class CachedTask:
+  """A token cache from `python -m bpd_jax.prepare cache`.
+
+  Attributes:
+    folder: what the command was given as `--to`.
+    name: "TASK.SPLIT", or what else the cache's folder in there is called.
+    max_examples: how many examples, from the first; all by default.
+  """
+
+  folder: str
+  name: str
+  max_examples: int | None = None
+
+  @property
+  def path(self) -> Path:
+    """The cache's own folder."""
+    return Path(self.folder) / self.name
+
+
+class First:
+  """The first examples of a dataset."""
+
+  def __init__(self, dataset: Dataset, count: int):
+    self.name = dataset.name
+    self.lengths = dataset.lengths[:count]
+    self._dataset = dataset
+
+  def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+    return self._dataset[i]
+
+
+def task_fingerprint(task: CachedTask | TextTask) -> str:
+  """A hash of all that a task's examples depend on.
+
+  Raises:
+    InputError: where the task can't be read.
+  """
+  if isinstance(task, CachedTask):
+    content = TokenCache(task.path).fingerprint
+  elif isinstance(task, JsonlTask):
+    content = f"{_file_hash(task)} {task.inputs} {task.targets}"
+  else:
+    content = rows_fingerprint(task.rows())
+  text = f"{content} {task.max_examples}"
+  return hashlib.sha256(text.encode("utf-8")).hexdigest()[:16]
+
+
+def open_task(task: CachedTask | TextTask, vocabulary: Vocabulary, folder: Path) -> Dataset:
+  """A task's examples as token ids; text is made into a token cache once.
+
+  Args:
+    task: a cache, or a task with rows of text.
+    vocabulary: of the run.
+    folder: where caches of text go.
+
+  Raises:
+    InputError: where the ids are another vocabulary's, or a row can't be read.
+  """
+  if isinstance(task, CachedTask):
+    cache = TokenCache(task.path)
+    if cache.vocabulary != vocabulary.fingerprint:
+      raise InputError(
+          f"token cache {task.path} vocabulary",
+          f"{cache.vocabulary} of {cache.vocab_size} ids",
+          f"{vocabulary.fingerprint} of {vocabulary.size} ids, the run's",
+      )
+    return cache if task.max_examples is None else First(cache, task.max_examples)
+  path = folder / f"{task.name}.{task.split}_{task_fingerprint(task)}"
+  if path.is_dir():
+    return TokenCache(path)
+  # EOS is id 1 in all of T5's vocabularies.
+  encode = lambda text: [*vocabulary.encode(text), 1]
+  return write_cache(
+      path, ((encode(row["inputs"]), encode(row["targets"])) for row in task.rows()),
+      task=task.name, split=task.split, vocabulary=vocabulary,
+  )
+
+
+def _file_hash(task: JsonlTask) -> str:
+  try:
+    with open(task.path, "rb") as file:
+      return hashlib.file_digest(file, "sha256").hexdigest()
+  except OSError as error:
+    raise InputError(
+        f"JsonlTask {task.name} path", task.path, f"a file that can be read ({error.strerror})"
+    ) from error

@@ -1,0 +1,103 @@
+"""What is measured of a model while it trains: loss by head, and what it decodes."""
+
+from collections.abc import Iterable, Mapping, Sequence
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+
+from bpd_jax.data.batches import Dataset, in_order
+from bpd_jax.data.datasets import CachedTask, TextTask
+from bpd_jax.evaluation.quality import is_looping
+from bpd_jax.generation import Generator
+from bpd_jax.training.loss import head_losses
+from bpd_jax.training.step import place_batch, Step
+from bpd_jax.vocabulary import Vocabulary
+
+
+@dataclasses.dataclass(frozen=True)
+class Validation:
+  """What an evaluation during training looks at.
+
+  Attributes:
+    tasks: whose first examples to read.
+    max_examples: teacher-forced, of each task, for loss and accuracy by head.
+    num_decoded: decoded, of each task, for block efficiency, exact match and loops.
+  """
+
+  tasks: Sequence[CachedTask | TextTask]
+  max_examples: int = 200
+  num_decoded: int = 32
+
+
+class Evaluation:
+  """Figures of a model on validation tasks; to be called with parameters and a step."""
+
+  def __init__(
+      self, step: Step, datasets: Sequence[Dataset], validation: Validation, batch_size: int,
+      vocabulary: Vocabulary, lengths: Mapping[str, int],
+  ):
+    self._step = step
+    self._datasets = datasets
+    self._validation = validation
+    self._batch_size = batch_size
+    self._vocabulary = vocabulary
+    self._lengths = lengths
+
+  def __call__(self, params: Any, step: int) -> dict[str, float]:
+    """TASK/loss_head_i, accuracy_head_i, and of decoded rows block_efficiency, exact_match
+    and looping_rows; and `validation/` the mean of each over the tasks."""
+    del step
+    tasks = {dataset.name: self._measure(params, dataset) for dataset in self._datasets}
+    names = set.intersection(*map(set, tasks.values()))
+    figures = {
+        f"validation/{name}": float(np.mean([task[name] for task in tasks.values()]))
+        for name in sorted(names)
+    }
+    for task, values in tasks.items():
+      figures |= {f"{task}/{name}": value for name, value in values.items()}
+    return figures
+
+  def _measure(self, params: Any, dataset: Dataset) -> dict[str, float]:
+    sums = add_up(
+        jax.device_get(self._step.measure(params, place_batch(self._step.partitioning, batch)))
+        for batch in in_order(
+            dataset, self._batch_size, max_examples=self._validation.max_examples, **self._lengths
+        )
+    )
+    figures = head_losses(sums)
+    figures["loss"] = sum(
+        value for name, value in figures.items() if name.startswith("loss_head_")
+    )
+    count = min(self._validation.num_decoded, len(dataset.lengths))
+    if count:
+      figures |= self._decode(params, dataset, count)
+    return figures
+
+  def _decode(self, params: Any, dataset: Dataset, count: int) -> dict[str, float]:
+    config = self._step.config
+    generator = Generator(config, params, self._step.partitioning, self._vocabulary)
+    most = self._lengths["input_length"]
+    inputs, targets = zip(*(dataset[i] for i in range(count)))
+    out = generator.generate(
+        [row[:most].tolist() for row in inputs],
+        "blockwise" if config.block_size > 1 else "greedy",
+        max_length=self._lengths["target_length"], batch_size=self._batch_size,
+    )
+    same = [np.array_equal(row, target) for row, target in zip(out.tokens, targets)]
+    looping = [is_looping(row.tolist()) for row in out.tokens]
+    return {
+        "block_efficiency": out.block_efficiency,
+        "exact_match": float(np.mean(same)),
+        "looping_rows": float(np.mean(looping)),
+    }
+
+
+def add_up(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+  """Sums of like entries."""
+  total: dict[str, Any] = {}
+  for part in parts:
+    for name, value in part.items():
+      total[name] = total.get(name, 0) + value
+  return total

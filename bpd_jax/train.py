@@ -1,0 +1,294 @@
+"""Trains a model with parallel heads, or the heads alone, as gin says.
+
+  python -m bpd_jax.train --gin_file=gin/runs/train_tiny.gin \\
+      --gin.WORKDIR="'runs/tiny'" --gin.STEPS=200
+
+The same command goes on where a run was stopped or killed. The run's folder
+gets `model/`, ready for evaluate and decode; `checkpoints/`; `metrics.jsonl` and
+`tensorboard/`; `config.gin`, the operative configuration; `environment.json`.
+"""
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+from pathlib import Path
+import shutil
+import sys
+from typing import Any
+
+import gin
+import jax
+import numpy as np
+from rich.console import Console
+
+from bpd_jax.checkpoints import describe, load_config, save_model, start_from
+from bpd_jax.data.batches import Batches, Dataset
+from bpd_jax.data.datasets import CachedTask, open_task, task_fingerprint, TextTask
+from bpd_jax.data.jsonl import JsonlTask
+from bpd_jax.distillation import distil
+from bpd_jax.environment import describe_device, git_revision, versions
+from bpd_jax.errors import InputError
+from bpd_jax.evaluation.validation import Evaluation, Validation
+from bpd_jax.folders import write_object
+from bpd_jax.generation import Generator
+from bpd_jax.launch import read_gin, run
+from bpd_jax.model.config import ModelConfig
+from bpd_jax.model.model import init_params
+from bpd_jax.partitioning import Partitioning, single_device
+from bpd_jax.training.loop import check_run, Schedule, train_steps, TrainingError
+from bpd_jax.training.loss import Loss
+from bpd_jax.training.metrics import Display
+from bpd_jax.training.optimizer import Optimizer
+from bpd_jax.training.states import HiddenStates, StateBatches, write_states
+from bpd_jax.training.step import check_batch, MODES, Step
+from bpd_jax.vocabulary import open_vocabulary, Vocabulary, vocabulary_path
+
+MODEL_FOLDER = "model"
+
+
+@gin.configurable(module="bpd_jax")
+def train(
+    workdir: str,
+    tasks: Sequence[CachedTask | TextTask],
+    schedule: Schedule,
+    *,
+    config: ModelConfig | None = None,
+    checkpoint: str | None = None,
+    block_size: int | None = None,
+    dropout_rate: float | None = None,
+    has_fresh_heads: bool = False,
+    vocabulary: str | None = None,
+    mode: str = "joint",
+    rates: Sequence[float] | None = None,
+    batch_size: int = 32,
+    input_length: int = 256,
+    target_length: int = 128,
+    is_packed: bool = False,
+    num_microbatches: int = 1,
+    optimizer: Optimizer = Optimizer(),
+    loss: Loss = Loss(),
+    average_decay: float | None = None,
+    validation: Validation | None = None,
+    max_states: int = 20_000,
+    seed: int = 0,
+    partitioning: Partitioning | None = None,
+) -> None:
+  """Trains, from the run's own last state, else a checkpoint, else from scratch.
+
+  Args:
+    workdir: the run's folder, new or this run's.
+    tasks: what to train on.
+    schedule: how long, and when to report, save and evaluate.
+    config: of a model that starts from scratch.
+    checkpoint: a model folder to start from, in place of `config`.
+    block_size: h, in place of the checkpoint's; heads that it lacks start fresh.
+    dropout_rate: in place of the checkpoint's.
+    has_fresh_heads: whether the checkpoint's parallel heads are dropped.
+    vocabulary: a SentencePiece model, or a tokenizer_config.json of ByT5; that of
+      the checkpoint by default.
+    mode: "joint" trains everything; "heads_only" the parallel heads behind the
+      frozen base model; "distill" likewise, on the base's own greedy outputs.
+    rates: relative share of each task; by default their numbers of rows.
+    batch_size: rows of a step, over all devices and microbatches.
+    input_length: tokens of a row's inputs; longer ones are cut.
+    target_length: tokens of a row's targets; longer ones are cut.
+    is_packed: whether a row holds as many examples as fit.
+    num_microbatches: parts in which a batch is gone through.
+    optimizer: how parameters follow gradients.
+    loss: what is minimised.
+    average_decay: of a moving average of parameters that is used in their place.
+    validation: what evaluations look at; None for no evaluations.
+    max_states: examples of each task whose decoder states are cached where the
+      base is frozen.
+    seed: of parameters, order and dropout.
+    partitioning: where the model lives; one device by default.
+
+  Raises:
+    InputError: naming the argument, before anything is compiled.
+    TrainingError: where the loss is no longer finite.
+  """
+  # --- what there is, and whether it fits together ---
+  partitioning = partitioning or single_device()
+  if mode not in MODES:
+    raise InputError("train.mode", mode, f"one of {tuple(MODES)}")
+  if (config is None) == (checkpoint is None):
+    raise InputError(
+        "train.config", "both" if config else None, "a config, or else a checkpoint to start from"
+    )
+  is_frozen = mode != "joint"
+  if is_frozen and checkpoint is None:
+    raise InputError("train.checkpoint", None, f"a model folder in mode {mode!r}")
+  if checkpoint is not None:
+    config = load_config(checkpoint)
+    vocabulary = vocabulary or vocabulary_path(checkpoint)
+    changes = {"block_size": block_size, "dropout_rate": dropout_rate}
+    config = config.replace(**{k: v for k, v in changes.items() if v is not None})
+  if vocabulary is None:
+    raise InputError("train.vocabulary", None, "a vocabulary file")
+  words = open_vocabulary(vocabulary, config.vocab_size)
+  check_batch(partitioning, batch_size, num_microbatches)
+  step = Step(
+      config, partitioning, optimizer, loss, mode=mode, num_microbatches=num_microbatches,
+      average_decay=average_decay,
+  )
+  check_schedule(schedule, validation)
+  check_tasks(tasks, validation)
+  # Caches of text go to the run's folder, which mustn't be touched where it is
+  # another run's; so that is looked at twice.
+  identity = {
+      "model": config.to_dict(), "checkpoint": checkpoint, "has_fresh_heads": has_fresh_heads,
+      "mode": mode, "rates": rates, "batch_size": batch_size, "input_length": input_length,
+      "target_length": target_length, "is_packed": is_packed,
+      "num_microbatches": num_microbatches, "optimizer": dataclasses.asdict(optimizer),
+      "loss": dataclasses.asdict(loss), "average_decay": average_decay,
+      "max_states": max_states if is_frozen else None, "seed": seed,
+      "mesh": dict(partitioning.mesh.shape), "vocabulary": words.fingerprint,
+      "tasks": [task_fingerprint(task) for task in tasks],
+  }
+  has_begun = check_run(workdir, identity)
+  console = Console()
+  say = lambda text: console.print(text, highlight=False, soft_wrap=True)
+  open_all = lambda tasks: [open_task(task, words, Path(workdir) / "tasks") for task in tasks]
+  datasets = open_all(tasks)
+  write_records(workdir)
+
+  # --- the start ---
+  say(f"{'goes on in' if has_begun else 'new run in'} {workdir}; {describe_device()}, mesh "
+      + " × ".join(f"{size} {name}" for name, size in partitioning.mesh.shape.items()))
+  start = None
+
+  def initial_params() -> Any:
+    nonlocal start
+    if start is None:
+      if checkpoint is None:
+        start = init_params(config, partitioning, jax.random.key(seed))
+        say("parameters start from scratch")
+      else:
+        start, matched = start_from(
+            checkpoint, config, partitioning, has_fresh_heads=has_fresh_heads, seed=seed
+        )
+        say(matched)
+      say(describe(config, start))
+      say(place_table(step))
+    return start
+
+  # --- data ---
+  lengths = {"input_length": input_length, "target_length": target_length}
+  if is_frozen and jax.process_count() == 1:
+    states = cached_states(
+        Path(workdir) / "states", step, initial_params, datasets, mode, words, max_states,
+        batch_size, lengths, seed,
+    )
+    batches = StateBatches(
+        states, rates=rates, batch_size=batch_size, target_length=target_length, seed=seed
+    )
+  else:
+    if mode == "distill":
+      raise InputError("train.mode", mode, "another one where several processes train")
+    batches = Batches(
+        datasets, rates=rates, batch_size=batch_size, is_packed=is_packed, eos_id=config.eos_id,
+        seed=seed, process_index=jax.process_index(), process_count=jax.process_count(),
+        **lengths,
+    )
+    say(f"an epoch is {batches.steps_per_epoch():,.1f} steps of {batch_size} rows")
+
+  # --- steps ---
+  evaluate = None
+  if validation is not None:
+    evaluate = Evaluation(step, open_all(validation.tasks), validation, batch_size, words, lengths)
+  outcome = train_steps(
+      workdir, step, batches, schedule, initial_params, seed=seed, evaluate=evaluate,
+      display=Display(schedule.num_steps, console),
+  )
+
+  # --- the model ---
+  params, which = step.averaged(outcome.state), f"step {outcome.step:,}"
+  if outcome.best_step is not None:
+    params, which = outcome.best_params, f"step {outcome.best_step:,}, the best"
+  folder = Path(workdir) / MODEL_FOLDER
+  shutil.rmtree(folder, ignore_errors=True)
+  save_model(folder, config, params, vocabulary)
+  say(f"{folder} holds {which}")
+
+
+def check_schedule(schedule: Schedule, validation: Validation | None) -> None:
+  """Raises InputError where a run should evaluate and has nothing to look at."""
+  needs = [
+      name for name in ("evaluate_every", "best_metric") if getattr(schedule, name)
+  ]
+  if needs and validation is None:
+    raise InputError(f"Schedule.{needs[0]}", getattr(schedule, needs[0]), "0 without validation")
+
+
+def check_tasks(tasks: Sequence[Any], validation: Validation | None) -> None:
+  """Raises InputError where there is nothing to read, or something that can't be read."""
+  for name, listed in (
+      ("train.tasks", tasks), ("Validation.tasks", validation.tasks if validation else None)
+  ):
+    if listed is not None and not listed:
+      raise InputError(name, list(listed), "at least one task")
+    for task in listed or ():
+      if isinstance(task, JsonlTask) and task.targets is None:
+        raise InputError(f"JsonlTask {task.name} targets", None, "a field of the file")
+
+
+def write_records(workdir: str) -> None:
+  """Writes what the run was configured with and made with."""
+  folder = Path(workdir)
+  (folder / "config.gin").write_text(gin.operative_config_str(), encoding="utf-8")
+  write_object(folder / "environment.json", {
+      "git_revision": git_revision(), "versions": versions(), "device": describe_device(),
+  })
+
+
+def place_table(step: Step) -> str:
+  """Parameters with their shapes and places, one a line, where there is a mesh."""
+  if step.partitioning.mesh.size == 1:
+    return "all on one device"
+  leaves = jax.tree_util.tree_leaves_with_path(step.abstract_state.params)
+  return "\n".join(
+      f"{jax.tree_util.keystr(path, simple=True, separator='/'):60} {str(leaf.shape):22} "
+      f"{leaf.sharding.spec}  {leaf.size * leaf.dtype.itemsize / 1e6:,.1f} MB"
+      for path, leaf in leaves
+  )
+
+
+def cached_states(
+    folder: Path, step: Step, initial_params, datasets: Sequence[Dataset], mode: str,
+    vocabulary: Vocabulary, max_states: int, batch_size: int, lengths: Mapping[str, int],
+    seed: int,
+) -> list[HiddenStates]:
+  """The frozen base's states over each task, made where they aren't there yet."""
+  states = []
+  for number, dataset in enumerate(datasets):
+    path = folder / str(number)
+    if not path.is_dir():
+      count = len(dataset.lengths)
+      examples = np.random.default_rng([seed, number]).permutation(count)[:max_states].tolist()
+      params = initial_params()
+      if mode == "distill":
+        generator = Generator(step.config, params, step.partitioning, vocabulary)
+        dataset = distil(
+            folder / f"distilled_{number}", generator, dataset, examples=examples,
+            batch_size=batch_size, **lengths,
+        )
+        examples = range(len(examples))
+      write_states(
+          path, step, params, dataset, examples=examples, batch_size=batch_size, **lengths
+      )
+    states.append(HiddenStates(path))
+  return states
+
+
+def main(argv: Sequence[str]) -> int:
+  """Trains as gin says; see `--help`."""
+  read_gin(argv, "python -m bpd_jax.train", __doc__.splitlines()[0])
+  try:
+    train()
+  except TrainingError as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 1
+  return 0
+
+
+if __name__ == "__main__":
+  run(main)
