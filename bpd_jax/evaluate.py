@@ -163,7 +163,7 @@ def _write(
 
 def main(argv: Sequence[str]) -> None:
   """Evaluates as gin says; see `--help`."""
-  read_gin(argv, "python -m bpd_jax.evaluate", __doc__.splitlines()[0])
+  read_gin(argv, "python -m bpd_jax.evaluate", __doc__.splitlines()[0], evaluate)
   evaluate()
 
 

@@ -8,13 +8,16 @@ are configured by gin call `read_gin` first.
 import argparse
 from collections.abc import Callable, Iterator, Sequence
 import contextlib
+import inspect
 import os
+import re
 import sys
 from typing import NoReturn
 
 from bpd_jax.errors import InputError
 
 GIN_USAGE = "[--gin_file=FILE …] [--gin.NAME=VALUE …]"
+_STRING = re.compile(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*\"""")
 
 
 def run(
@@ -30,17 +33,23 @@ def run(
   try:
     status = main(sys.argv[1:] if argv is None else argv)
   except InputError as error:
-    print(f"error: {one_line(error)}", file=sys.stderr)
+    # What libraries had begun when they failed isn't reported as well.
+    sys.unraisablehook = lambda unraisable: None
+    # Gin says in which function the error was, which is nothing to a user.
+    message = re.sub(r"\n *In call to configurable .*", "", str(error))
+    print(f"error: {one_line(message)}", file=sys.stderr)
     status = 2
   sys.exit(status)
 
 
-def one_line(error: Exception) -> str:
-  """The message without line breaks; gin, for one, appends lines to a message."""
+def one_line(error: Exception | str) -> str:
+  """The message without line breaks."""
   return " ".join(line.strip() for line in str(error).splitlines() if line.strip())
 
 
-def read_gin(argv: Sequence[str], prog: str, description: str) -> None:
+def read_gin(
+    argv: Sequence[str], prog: str, description: str, entry: Callable | None = None
+) -> None:
   """Reads `--gin_file=FILE` and `--gin.NAME=VALUE`, each as often as needed.
 
   Files are read in order, then bindings. A binding names a parameter of a
@@ -51,10 +60,12 @@ def read_gin(argv: Sequence[str], prog: str, description: str) -> None:
     argv: the command line after the program's name.
     prog: the program's name, for `--help`.
     description: what it does, for `--help`.
+    entry: the configurable that is going to be called without arguments.
 
   Raises:
     InputError: for an unknown option, file, configurable, parameter or macro,
-      a value that isn't one of gin's, or a required macro without a value.
+      a value that isn't one of gin's, a required macro without a value, or a
+      required argument of `entry` without one.
   """
   parser = argparse.ArgumentParser(
       prog=prog, usage=f"{prog} {GIN_USAGE}", description=description, add_help=False
@@ -74,6 +85,8 @@ def read_gin(argv: Sequence[str], prog: str, description: str) -> None:
     print(_macro_table(_macros()))
     sys.exit(0)
   read_gin_files(known.gin_file, bindings)
+  if entry is not None:
+    _check_arguments(entry)
 
 
 def read_gin_files(
@@ -110,9 +123,13 @@ def read_gin_files(
     with _as_input_error(binding):
       gin.parse_config(binding)
   if needs_all:
-    for name, value in _macros().items():
+    macros = _macros()
+    for name, value in macros.items():
       if _is_required(value):
         raise InputError(f"gin macro {name}", "required", f"a value: --gin.{name}=…")
+    for name in re.findall(r"%(\w+)(?![\w.])", _STRING.sub("", gin.config_str())):
+      if name not in macros:
+        raise InputError(f"gin macro {name}", "absent", "a value, from a file that sets it")
 
 
 @contextlib.contextmanager
@@ -123,6 +140,20 @@ def _as_input_error(source: str) -> Iterator[None]:
   except (ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, SyntaxError,
           TypeError, ValueError) as error:
     raise InputError("gin", source, f"what gin understands ({one_line(error)})") from error
+
+
+def _check_arguments(entry: Callable) -> None:
+  """Raises InputError where an argument without a default has no value in gin."""
+  import gin
+
+  for name, parameter in inspect.signature(entry).parameters.items():
+    if parameter.default is parameter.empty:
+      try:
+        gin.query_parameter(f"{entry.__name__}.{name}")
+      except ValueError as error:
+        raise InputError(
+            f"gin {entry.__name__}.{name}", "absent", "a value, from a --gin_file of gin/runs"
+        ) from error
 
 
 def _is_required(value: object) -> bool:
