@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from bpd_jax.errors import InputError
+from bpd_jax.errors import brief, InputError
 from bpd_jax.folders import check_new, new_folder, PathLike, read_object, write_object
 from bpd_jax.model.config import ModelConfig
 from bpd_jax.model.model import abstract_params, init_params
@@ -27,7 +27,8 @@ PARAMS_FOLDER = "params"
 
 
 def save_model(
-    folder: PathLike, config: ModelConfig, params: Any, vocabulary_file: PathLike | None = None
+    folder: PathLike, config: ModelConfig, params: Any, vocabulary_file: PathLike | None = None,
+    *, may_replace: bool = False,
 ) -> None:
   """Writes a model folder.
 
@@ -37,20 +38,29 @@ def save_model(
     params: the stored tree, numpy or jax arrays.
     vocabulary_file: a SentencePiece model, or ByT5's tokenizer_config.json, to copy
       into the folder.
+    may_replace: whether something may be at the path, which stays until the new
+      folder is whole.
 
   Raises:
-    InputError: where the folder exists, or the parameters aren't the config's.
+    InputError: where the folder exists or can't be written, or the parameters
+      aren't the config's.
   """
-  check_new(folder)
+  if not may_replace:
+    check_new(folder)
   check_shapes(leaf_shapes(params), leaf_shapes_of(config))
   vocabulary_file = check_vocabulary(vocabulary_file)
-  with new_folder(folder) as partial:
-    with ocp.StandardCheckpointer() as checkpointer:
-      checkpointer.save(partial / PARAMS_FOLDER, params)
-    if jax.process_index() == 0:
-      write_object(partial / CONFIG_FILE, config.to_dict())
-      if vocabulary_file is not None:
-        shutil.copyfile(vocabulary_file, partial / stored_name(vocabulary_file))
+  with new_folder(folder, may_replace=may_replace) as partial:
+    try:
+      with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(partial / PARAMS_FOLDER, params)
+      if jax.process_index() == 0:
+        write_object(partial / CONFIG_FILE, config.to_dict())
+        if vocabulary_file is not None:
+          shutil.copyfile(vocabulary_file, partial / stored_name(vocabulary_file))
+    except (OSError, ValueError) as error:  # TensorStore's are ValueErrors.
+      raise InputError(
+          "folder", str(folder), f"a path that can be written ({brief(error)})"
+      ) from error
 
 
 def load_config(folder: PathLike) -> ModelConfig:
@@ -102,7 +112,10 @@ def load_model(
     check_shapes(_shapes_on_disk(checkpointer, path), leaf_shapes(target))
     for name, leaf in _flatten(target).items():
       _check_divides(name, leaf)
-    return config, checkpointer.restore(path, target)
+    try:
+      return config, checkpointer.restore(path, target)
+    except Exception as error:  # Orbax raises a bare Exception for arrays that are cut.
+      raise InputError("params", str(path), f"a whole Orbax folder ({brief(error)})") from error
 
 
 def start_from(

@@ -23,14 +23,19 @@ def check_new(folder: PathLike) -> None:
 
 
 @contextlib.contextmanager
-def new_folder(folder: PathLike) -> Iterator[Path]:
+def new_folder(folder: PathLike, *, may_replace: bool = False) -> Iterator[Path]:
   """A folder that appears at its path only when the block has ended well.
 
   Yields a hidden sibling to write into, which is renamed at the end, or removed
   where the block raises. With several processes all enter, and the first one
   makes and renames.
+
+  Args:
+    folder: the path.
+    may_replace: whether a folder may be there, which stays until the end.
   """
-  check_new(folder)
+  if not may_replace:
+    check_new(folder)
   folder = Path(os.path.abspath(folder))
   partial = folder.with_name(f".{folder.name}.partial")
   is_first = jax.process_index() == 0
@@ -47,7 +52,12 @@ def new_folder(folder: PathLike) -> Iterator[Path]:
     yield partial
     _wait_for_all("written")
     if is_first:
+      old = folder.with_name(f".{folder.name}.old")
+      if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
       partial.rename(folder)
+      shutil.rmtree(old, ignore_errors=True)
     _wait_for_all("renamed")
   except BaseException:
     if is_first:
