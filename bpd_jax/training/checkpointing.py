@@ -1,9 +1,12 @@
 """A run's states on disk: the last one and the best one, by Orbax.
 
-States are written in the background and appear whole or not at all.
+States are written in the background and appear whole or not at all. Which one is
+the best follows from figures that are noted later than the state is saved, so
+that a run that is killed while it evaluates has lost nothing.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -11,64 +14,66 @@ from typing import Any
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-from bpd_jax.errors import InputError
+from bpd_jax.errors import brief, InputError
 
 FOLDER = "checkpoints"
 
 
 class Checkpoints:
-  """The states of a run.
+  """The states of a run; to be used as a context manager, which waits and closes.
 
   Attributes:
-    best_metric: the figure that decides which state is the best; None keeps the
-      last one only.
+    figures: the metric that decides which state is the best, by step; without
+      any the last state is kept alone.
   """
 
   def __init__(
-      self, workdir: str | os.PathLike, best_metric: str | None = None,
+      self, workdir: str | os.PathLike, figures: Mapping[int, float] | None = None,
       is_higher_better: bool = False,
   ):
     """Opens the run's folder `checkpoints`, and clears what a killed run left half written."""
-    self.best_metric = best_metric
+    self.figures = dict(figures or {})
     self._is_higher_better = is_higher_better
-    policies = [checkpoint_managers.LatestN(1)]
-    if best_metric is not None:
-      policies.append(
-          checkpoint_managers.BestN(
-              get_metric_fn=lambda metrics: metrics[best_metric], reverse=not is_higher_better,
-              n=1, keep_checkpoints_without_metrics=False,
-          )
-      )
     self._folder = Path(os.path.abspath(workdir)) / FOLDER
     try:
       self._manager = ocp.CheckpointManager(
           self._folder,
           options=ocp.CheckpointManagerOptions(
-              preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
-              cleanup_tmp_directories=True,
+              preservation_policy=_LastAndBest(self), cleanup_tmp_directories=True,
           ),
       )
     except OSError as error:
-      raise InputError(
-          "workdir", str(workdir), f"a path that can be written ({error.strerror})"
-      ) from error
+      raise self._unwritable(error) from error
+
+  def __enter__(self) -> "Checkpoints":
+    return self
+
+  def __exit__(self, *error) -> None:
+    self.wait()
+    self._manager.close()
 
   def last_step(self) -> int | None:
-    """The step of the last whole state; None where there is none."""
+    """The step of the last state; None where there is none."""
     return self._manager.latest_step()
 
   def best_step(self) -> int | None:
-    """The step of the best state; None where none was measured."""
-    if self.best_metric is None:
-      return None
-    measured = [
-        (metrics[self.best_metric], step)
-        for step in self._manager.all_steps() if (metrics := self._manager.metrics(step))
-    ]
-    choose = max if self._is_higher_better else min
-    return choose(measured)[1] if measured else None
+    """The step of the best state, of like ones the last; None where none has a figure."""
+    return self.best_of(self._manager.all_steps())
 
-  def save(self, step: int, state: Any, metrics: Mapping[str, float] | None = None) -> None:
+  def best_of(self, steps: Sequence[int]) -> int | None:
+    """The best of some steps; see `best_step`."""
+    sign = 1 if self._is_higher_better else -1
+    measured = [
+        (sign * self.figures[step], step)
+        for step in steps if math.isfinite(self.figures.get(step, math.nan))
+    ]
+    return max(measured)[1] if measured else None
+
+  def kept(self, steps: Sequence[int]) -> set[int | None]:
+    """Which of some steps stay: the last one and the best one."""
+    return {max(steps, default=None), self.best_of(steps)}
+
+  def save(self, step: int, state: Any) -> None:
     """Begins to write a state; waits for the one before.
 
     Raises:
@@ -77,12 +82,16 @@ class Checkpoints:
     if self._manager.latest_step() == step:
       return
     try:
-      self._manager.save(
-          step, args=ocp.args.StandardSave(state),
-          metrics=None if metrics is None else dict(metrics), force=True,
-      )
+      self._manager.save(step, args=ocp.args.StandardSave(state), force=True)
     except (OSError, ValueError) as error:
       raise self._unwritable(error) from error
+
+  def tidy(self) -> None:
+    """Waits, and deletes all states but the last one and the best one."""
+    self.wait()
+    steps = self._manager.all_steps()
+    for step in set(steps) - self.kept(steps):
+      self._manager.delete(step)
 
   def reached_preemption(self, step: int) -> bool:
     """Whether the processes of a job agree that they are about to be stopped."""
@@ -103,20 +112,30 @@ class Checkpoints:
     """
     try:
       return self._manager.restore(step, args=ocp.args.StandardRestore(abstract_state))
-    except (OSError, KeyError, TypeError, ValueError) as error:
-      message = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except Exception as error:  # Orbax raises a bare Exception for arrays that are cut.
+      others = [other for other in self._manager.all_steps() if other != step]
+      rest = f"goes on from step {max(others)}" if others else "starts anew"
       raise InputError(
           "checkpoint", str(self._folder / str(step)),
-          f"a whole state of this run's shapes ({message})",
+          f"a whole state of this run's shapes; without that folder the run {rest} "
+          f"({brief(error)})",
       ) from error
-
-  def close(self) -> None:
-    """Waits and closes."""
-    self.wait()
-    self._manager.close()
 
   def _unwritable(self, error: Exception) -> InputError:
     return InputError(
-        "workdir", str(self._folder), f"a path that can be written ({str(error).splitlines()[0]})"
+        "workdir", str(self._folder), f"a path that can be written ({brief(error)})"
     )
+
+
+class _LastAndBest(checkpoint_managers.PreservationPolicy):
+  """Which states Orbax keeps once a new one is whole."""
+
+  def __init__(self, checkpoints: Checkpoints):
+    self._checkpoints = checkpoints
+
+  def should_preserve(self, checkpoints, *, context) -> list[bool]:
+    del context
+    steps = [checkpoint.step for checkpoint in checkpoints]
+    kept = self._checkpoints.kept(steps)
+    return [step in kept for step in steps]
 

@@ -4,27 +4,36 @@ What a run has done is a function of its settings and its step, so that one that
 was killed, at whatever moment, ends where an undisturbed one ends.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+import contextlib
 import dataclasses
+import fcntl
 import math
 import os
 from pathlib import Path
 import signal
 import threading
 import time
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from bpd_jax.errors import InputError
+from bpd_jax.errors import check_count, InputError
 from bpd_jax.folders import read_object, write_object
 from bpd_jax.training.checkpointing import Checkpoints
 from bpd_jax.training.loss import head_losses
-from bpd_jax.training.metrics import Display, MetricWriter
+from bpd_jax.training.metrics import Display, MetricWriter, read_metrics
 from bpd_jax.training.step import place_batch, Step, TrainState
 
 RUN_FILE = "run.json"
+PARTIAL_FILE = f".{RUN_FILE}.partial"
+LOCK_FILE = ".lock"
+# Names of training's figures begin with it; the others are an evaluation's.
+TRAIN = "train/"
+# The evaluation's means over its tasks.
+VALIDATION = "validation/"
 # Steps whose figures wait on the device before they are looked at.
 LATE_STEPS = 1
 
@@ -52,8 +61,8 @@ class Schedule:
     num_steps: of the run; a longer run goes on from a shorter one.
     log_every: steps between figures of training.
     save_every: steps between saved states.
-    evaluate_every: steps between evaluations, each of which saves a state; 0 for
-      one at the end.
+    evaluate_every: steps between evaluations, each of which saves a state; there
+      is one at the end anyway, and 0 is for no others.
     best_metric: of the evaluation, decides which state is kept besides the last.
     is_higher_better: of the metric.
   """
@@ -67,10 +76,8 @@ class Schedule:
 
   def __post_init__(self):
     for name in ("num_steps", "log_every", "save_every"):
-      if getattr(self, name) < 1:
-        raise InputError(f"Schedule.{name}", getattr(self, name), "a positive integer")
-    if self.evaluate_every < 0:
-      raise InputError("Schedule.evaluate_every", self.evaluate_every, "0 or more")
+      check_count(f"Schedule.{name}", getattr(self, name))
+    check_count("Schedule.evaluate_every", self.evaluate_every, 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,43 +99,71 @@ class Outcome:
   best_params: Any
 
 
-def check_run(workdir: str | os.PathLike, identity: Mapping[str, Any]) -> bool:
-  """Claims a folder for a run, or checks that it is this run's.
+@contextlib.contextmanager
+def open_run(workdir: str | os.PathLike, identity: Mapping[str, Any]) -> Iterator[bool]:
+  """Holds a run's folder, having checked that it is this run's or still nobody's.
+
+  Until `claim_run` makes it this run's, nothing is left of what isn't well.
 
   Args:
     workdir: the run's folder.
     identity: all that decides what is learned, ready for JSON.
 
-  Returns:
+  Yields:
     Whether the run has begun before.
 
   Raises:
     InputError: naming the field in which the folder's run differs, or where the
-      folder holds something else.
+      folder holds something else, is in use, or can't be written.
   """
+  if jax.process_index() > 0:
+    yield (Path(workdir) / RUN_FILE).is_file()
+    return
   folder = Path(workdir)
-  path = folder / RUN_FILE
-  if path.is_file():
-    found, wanted = _flat(read_object(path)), _flat(identity)
+  is_new, has_begun = not os.path.lexists(folder), (folder / RUN_FILE).is_file()
+  if has_begun:
+    found, wanted = _flat(read_object(folder / RUN_FILE)), _flat(identity)
     for name in sorted(found.keys() | wanted.keys()):
       if found.get(name) != wanted.get(name):
         raise InputError(
             f"workdir {folder} {name}", wanted.get(name),
             f"{found.get(name)!r}, of the run that the folder holds",
         )
-    return True
-  if folder.exists() and any(folder.iterdir()):
+  elif not is_new and (not folder.is_dir() or {*os.listdir(folder)} - {LOCK_FILE, PARTIAL_FILE}):
     raise InputError("workdir", str(folder), f"a new folder, or one with a {RUN_FILE}")
   try:
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f".{RUN_FILE}.partial"
+    lock = open(folder / LOCK_FILE, "a")
+  except OSError as error:
+    raise _unwritable(folder, error) from error
+  with lock:
+    try:
+      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+      raise InputError("workdir", str(folder), "one that no other process trains in") from error
+    except OSError:
+      pass  # A file system without locks.
+    try:
+      yield has_begun
+    finally:
+      if not (folder / RUN_FILE).is_file():
+        for name in (LOCK_FILE, PARTIAL_FILE):
+          (folder / name).unlink(missing_ok=True)
+        if is_new:
+          folder.rmdir()
+
+
+def claim_run(workdir: str | os.PathLike, identity: Mapping[str, Any]) -> None:
+  """Makes a folder that `open_run` holds this run's; InputError where it can't be written."""
+  path = Path(workdir) / RUN_FILE
+  if jax.process_index() > 0 or path.is_file():
+    return
+  partial = path.with_name(PARTIAL_FILE)
+  try:
     write_object(partial, dict(identity))
     partial.rename(path)
   except OSError as error:
-    raise InputError(
-        "workdir", str(folder), f"a path that can be written ({error.strerror})"
-    ) from error
-  return False
+    raise _unwritable(path.parent, error) from error
 
 
 def train_steps(
@@ -145,7 +180,7 @@ def train_steps(
   """Trains from the folder's last state, or from the initial parameters.
 
   Args:
-    workdir: the run's folder, claimed by `check_run`.
+    workdir: the run's folder, held by `open_run`.
     step_function: what a step does.
     batches: what it reads.
     schedule: when to stop, report, save and evaluate.
@@ -158,58 +193,96 @@ def train_steps(
     InputError: for a folder that can't be written, or a state that can't be read.
     TrainingError: where the loss is no longer finite.
   """
-  partitioning, key = step_function.partitioning, jax.random.key(seed)
-  checkpoints = Checkpoints(workdir, schedule.best_metric, schedule.is_higher_better)
-  display = display or Display(schedule.num_steps)
-  done = checkpoints.last_step() or 0
-  if done:
-    state = checkpoints.restore(done, step_function.abstract_state)
-  else:
-    state = step_function.init(initial_params())
-  is_writer = jax.process_index() == 0
-  writer = MetricWriter(workdir, done) if is_writer else None
-  late: list[tuple[int, Any]] = []
-  window = _Window(done)
-  rate = step_function.optimizer.rate()
+  with contextlib.ExitStack() as stack:
+    enter = stack.enter_context
+    checkpoints = enter(Checkpoints(workdir, is_higher_better=schedule.is_higher_better))
+    done = checkpoints.last_step() or 0
+    if done > schedule.num_steps:
+      raise InputError(
+          "Schedule.num_steps", schedule.num_steps,
+          f"at least {done}, the steps that {workdir} has done",
+      )
+    # Each evaluation of the states that there are, as it was written down.
+    evaluated = {
+        line["step"]: line for line in read_metrics(workdir, done)
+        if not any(name.startswith(TRAIN) for name in line)
+    }
+    if schedule.best_metric is not None:
+      checkpoints.figures |= {
+          step: line[schedule.best_metric] for step, line in evaluated.items()
+          if schedule.best_metric in line
+      }
+    if done:
+      state = checkpoints.restore(done, step_function.abstract_state)
+    else:
+      state = step_function.init(initial_params())
+    writer = enter(MetricWriter(workdir, done)) if jax.process_index() == 0 else None
+    display = enter(display or Display(schedule.num_steps))
+    stop = enter(_Stop())
+    partitioning, key = step_function.partitioning, jax.random.key(seed)
+    rate = step_function.optimizer.rate()
+    late: list[tuple[int, Any]] = []
+    window = _Window(done)
 
-  def look(keep: int) -> None:
-    """Brings figures to the host, all but the last `keep` steps'."""
-    while len(late) > keep:
-      number, figures = late.pop(0)
-      figures = jax.device_get(figures)
-      if not math.isfinite(figures["loss"]) or not math.isfinite(figures["gradient_norm"]):
-        checkpoints.wait()
-        last = checkpoints.last_step()
-        raise TrainingError(
-            f"loss {figures['loss']}, gradient norm {figures['gradient_norm']} at step {number}; "
-            + (f"the last good checkpoint is that of step {last}" if last
-               else "there is no checkpoint before it")
-        )
-      window.add(figures)
+    def fail(what: str, step: int) -> NoReturn:
+      checkpoints.wait()
+      last = checkpoints.last_step()
+      raise TrainingError(
+          f"{what} at step {step}; "
+          + (f"the last good checkpoint is that of step {last}" if last
+             else "there is no checkpoint before it")
+      )
 
-  def report(step: int) -> None:
-    figures = window.figures()
-    figures["learning_rate"] = float(rate(step - 1))
-    if writer:
-      writer.write(step, {f"train/{name}": value for name, value in figures.items()})
-    shown = ("loss", "accuracy_head_1", "tokens_per_second")
-    display.report(
-        step, {name: figures[name] for name in shown if name in figures},
-        (schedule.num_steps - step) * figures["seconds_per_step"],
-    )
-    window.restart(step)
+    def look(keep: int) -> None:
+      """Brings figures to the host, all but the last `keep` steps'."""
+      while len(late) > keep:
+        number, figures = late.pop(0)
+        figures = jax.device_get(figures)
+        if not math.isfinite(figures["loss"]) or not math.isfinite(figures["gradient_norm"]):
+          fail(f"loss {figures['loss']}, gradient norm {figures['gradient_norm']}", number)
+        window.add(figures)
 
-  def measure(step: int) -> Mapping[str, float] | None:
-    if evaluate is None:
-      return None
-    figures = evaluate(step_function.averaged(state), step)
-    if writer:
-      writer.write(step, figures)
-    display.say(f"step {step:,}  " + "  ".join(f"{k} {v:,.4g}" for k, v in figures.items()))
-    return figures
+    def report(step: int) -> None:
+      figures = window.figures()
+      figures["learning_rate"] = float(rate(step - 1))
+      if writer:
+        writer.write(step, {TRAIN + name: value for name, value in figures.items()})
+      names = ("loss", "accuracy_head_1", "tokens_per_second")
+      display.report(
+          step, {name: figures[name] for name in names if name in figures},
+          (schedule.num_steps - step) * figures["seconds_per_step"],
+      )
+      window.restart(step)
 
-  with display, _Stop() as stop:
+    def save(step: int) -> None:
+      # The last update may have been too large for the next loss to be finite.
+      if not all_finite(state):
+        fail("parameters that aren't finite", step)
+      checkpoints.save(step, state)
+
+    def is_evaluated(step: int) -> bool:
+      every = schedule.evaluate_every
+      return evaluate is not None and (
+          step == schedule.num_steps or every > 0 and step % every == 0
+      )
+
+    def measure(step: int) -> None:
+      figures = evaluate(step_function.averaged(state), step)
+      if schedule.best_metric is not None:
+        if schedule.best_metric not in figures:
+          raise InputError("Schedule.best_metric", schedule.best_metric, f"one of {[*figures]}")
+        checkpoints.figures[step] = figures[schedule.best_metric]
+      if writer:
+        writer.write(step, figures)
+      # Of many tasks and heads the means are enough here.
+      means = {name: value for name, value in figures.items() if "_head_" not in name}
+      display.evaluation(
+          step, {name: value for name, value in means.items() if name.startswith(VALIDATION)}
+      )
+
     step = done
+    if done and is_evaluated(done) and done not in evaluated:
+      measure(done)  # The run was killed while it did.
     while step < schedule.num_steps and not stop.is_asked(checkpoints, step):
       batch = place_batch(partitioning, batches.batch(step))
       state, figures = step_function(state, batch, key)
@@ -217,31 +290,36 @@ def train_steps(
       late.append((step, figures))
       look(LATE_STEPS)
       display.advance(step)
-      is_last = step == schedule.num_steps
-      if step % schedule.log_every == 0 or is_last:
+      if step % schedule.log_every == 0 or step == schedule.num_steps:
         look(0)
         report(step)
-      is_measured = is_last or (schedule.evaluate_every and step % schedule.evaluate_every == 0)
-      if is_measured or step % schedule.save_every == 0:
+      if is_evaluated(step) or step % schedule.save_every == 0:
         look(0)
         began = time.perf_counter()
-        checkpoints.save(step, state, measure(step) if is_measured else None)
+        # Saved first: an evaluation may take longer than who wants to stop the run waits.
+        save(step)
+        if is_evaluated(step):
+          measure(step)
         window.pause(time.perf_counter() - began)
     look(0)
     if step > done:
-      checkpoints.save(step, state)
-    checkpoints.wait()
+      save(step)
+    checkpoints.tidy()
     is_complete = step == schedule.num_steps
     if not is_complete:
-      display.say(f"stopped by SIGTERM at step {step:,}, which is saved; the same command goes on")
+      display.say(f"stopped by SIGTERM at step {step:,}; the same command goes on from there")
     best_step, best_params = checkpoints.best_step(), None
     if best_step is not None:
       best = checkpoints.restore(best_step, step_function.abstract_state)
       best_params = step_function.averaged(best)
-  if writer:
-    writer.close()
-  checkpoints.close()
-  return Outcome(state, step, is_complete, best_step, best_params)
+    return Outcome(state, step, is_complete, best_step, best_params)
+
+
+@jax.jit
+def all_finite(tree: Any) -> jax.Array:
+  """Whether every number of a tree is one."""
+  leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+  return jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()
 
 
 class _Window:
@@ -301,6 +379,10 @@ class _Stop:
 
   def _note(self, *signal_and_frame) -> None:
     self._is_asked = True
+
+
+def _unwritable(folder: Path, error: OSError) -> InputError:
+  return InputError("workdir", str(folder), f"a path that can be written ({error.strerror})")
 
 
 def _flat(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,9 +1,11 @@
 """Where a run's figures go: `metrics.jsonl`, TensorBoard, and the console."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 import json
 import os
 from pathlib import Path
+import time
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -14,15 +16,27 @@ from rich.progress import (
   TextColumn,
   TimeElapsedColumn,
   TimeRemainingColumn,
+  track,
 )
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
+
+from bpd_jax.errors import InputError
 
 JSONL_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
 
 
+# Seconds between lines on what takes long, where no terminal shows a bar.
+LINE_SECONDS = 30
+
+
 class MetricWriter:
-  """Writes figures by step to a run's folder; a resumed run takes back what came after."""
+  """Writes figures by step to a run's folder; a resumed run takes back what came after.
+
+  To be used as a context manager. Errors of the disk are InputErrors.
+  """
 
   def __init__(self, workdir: str | os.PathLike, step: int):
     """Opens.
@@ -31,37 +45,70 @@ class MetricWriter:
       workdir: the run's folder.
       step: steps that are done; figures of later ones are dropped.
     """
-    self._path = Path(workdir) / JSONL_FILE
-    lines = []
-    if self._path.is_file():
-      for line in self._path.read_text(encoding="utf-8").splitlines():
-        # A run that was killed may have left half a line.
-        try:
-          if json.loads(line)["step"] <= step:
-            lines.append(line + "\n")
-        except ValueError:
-          break
-    self._path.write_text("".join(lines), encoding="utf-8")
-    self._tensorboard = SummaryWriter(
-        os.fspath(Path(workdir) / TENSORBOARD_FOLDER), purge_step=step + 1
-    )
+    self._workdir = Path(workdir)
+    self._path = self._workdir / JSONL_FILE
+    folder = self._workdir / TENSORBOARD_FOLDER
+    try:
+      lines = [json.dumps(line) + "\n" for line in read_metrics(workdir, step)]
+      # A run that is killed here still has what was there.
+      partial = self._path.with_name(f".{JSONL_FILE}.partial")
+      partial.write_text("".join(lines), encoding="utf-8")
+      partial.replace(self._path)
+      folder.mkdir(exist_ok=True)
+      # Not SummaryWriter, whose thread ends at a full disk, whereupon adding blocks for ever.
+      self._events = EventsWriter(os.fspath(folder / "events"), f".{step}")
+      # Hides what a run that was killed wrote of later steps.
+      self._events.write_event(
+          Event(step=step + 1, session_log=SessionLog(status=SessionLog.START))
+      )
+    except OSError as error:
+      raise self._unwritable(error) from error
+
+  def __enter__(self) -> "MetricWriter":
+    return self
+
+  def __exit__(self, *error) -> None:
+    try:
+      self._events.close()
+    except OSError as error:
+      raise self._unwritable(error) from error
 
   def write(self, step: int, figures: Mapping[str, float]) -> None:
     """Adds the figures of a step."""
-    with open(self._path, "a", encoding="utf-8") as file:
-      file.write(json.dumps({"step": step, **figures}) + "\n")
-    for name, value in figures.items():
-      self._tensorboard.add_scalar(name, value, step)
+    try:
+      with open(self._path, "a", encoding="utf-8") as file:
+        file.write(json.dumps({"step": step, **figures}) + "\n")
+      for name, value in figures.items():
+        self._events.write_event(
+            Event(step=step, wall_time=time.time(), summary=scalar(name, value))
+        )
+      self._events.flush()
+    except OSError as error:
+      raise self._unwritable(error) from error
 
-  def close(self) -> None:
-    """Flushes."""
-    self._tensorboard.close()
+  def _unwritable(self, error: OSError) -> InputError:
+    return InputError(
+        "workdir", str(self._workdir), f"a path that can be written ({error.strerror})"
+    )
 
 
-def read_metrics(workdir: str | os.PathLike) -> list[dict[str, float]]:
-  """The lines of a run's `metrics.jsonl`."""
-  text = (Path(workdir) / JSONL_FILE).read_text(encoding="utf-8")
-  return [json.loads(line) for line in text.splitlines()]
+def read_metrics(
+    workdir: str | os.PathLike, last_step: int | None = None
+) -> list[dict[str, float]]:
+  """The lines of a run's `metrics.jsonl`, up to a step; none where there is no file.
+
+  A run that was killed may have left half a line at the end, which doesn't count.
+  """
+  path = Path(workdir) / JSONL_FILE
+  if not path.is_file():
+    return []
+  lines = []
+  for line in path.read_text(encoding="utf-8").splitlines():
+    try:
+      lines.append(json.loads(line))
+    except ValueError:
+      break
+  return [line for line in lines if last_step is None or line["step"] <= last_step]
 
 
 class Display:
@@ -94,12 +141,42 @@ class Display:
 
   def report(self, step: int, figures: Mapping[str, float], seconds_left: float) -> None:
     """Shows figures, those of training."""
-    text = "  ".join(f"{name} {value:,.4g}" for name, value in figures.items())
+    text = _in_words(figures)
     self._progress.update(self._task, description=text)
     if not self._is_live:
-      left = f"{seconds_left / 3600:.1f} h" if seconds_left > 5400 else f"{seconds_left:.0f} s"
+      left = _duration(seconds_left)
       self.say(f"step {step:,} of {self._num_steps:,}  {text}  {left} left")
+
+  def evaluation(self, step: int, figures: Mapping[str, float]) -> None:
+    """Shows figures, those of an evaluation."""
+    self.say(f"step {step:,}  " + _in_words(figures))
 
   def say(self, text: str) -> None:
     """Prints a line that stays."""
     self._progress.console.print(text, highlight=False, soft_wrap=True)
+
+
+def shown(items: Sequence[Any], description: str, console: Console | None = None) -> Iterator[Any]:
+  """Items behind a progress bar on a terminal, else with a line now and then."""
+  console = console or Console()
+  if console.is_terminal:
+    yield from track(items, description=description, console=console)
+    return
+  began = last = time.monotonic()
+  for number, item in enumerate(items, start=1):
+    yield item
+    now = time.monotonic()
+    if now - last >= LINE_SECONDS or number == len(items):
+      last, left = now, (now - began) / number * (len(items) - number)
+      console.print(
+          f"{description}  {number:,} of {len(items):,}  {_duration(left)} left",
+          highlight=False, soft_wrap=True,
+      )
+
+
+def _in_words(figures: Mapping[str, float]) -> str:
+  return "  ".join(f"{name} {value:,.4g}" for name, value in figures.items())
+
+
+def _duration(seconds: float) -> str:
+  return f"{seconds / 3600:.1f} h" if seconds > 5400 else f"{seconds:.0f} s"

@@ -1,14 +1,17 @@
 """Optimisers and learning-rate schedules, by optax, in one frozen description."""
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 import optax
 
-from bpd_jax.errors import InputError
+from bpd_jax.errors import check_count, check_number, InputError
 
 NAMES = ("adafactor", "adamw")
 SCHEDULES = ("rsqrt", "cosine", "linear", "constant")
+# Those whose end has to be known from the beginning.
+DECAYING = ("cosine", "linear")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,17 +52,39 @@ class Optimizer:
       raise InputError("Optimizer.name", self.name, f"one of {NAMES}")
     if self.schedule not in SCHEDULES:
       raise InputError("Optimizer.schedule", self.schedule, f"one of {SCHEDULES}")
-    if not self.learning_rate > 0:
-      raise InputError("Optimizer.learning_rate", self.learning_rate, "a positive number")
+    check_number(
+        "Optimizer.learning_rate", self.learning_rate, "a positive number", lambda x: 0 < x
+    )
+    for name in ("final_fraction", "weight_decay"):
+      check_number(
+          f"Optimizer.{name}", getattr(self, name), "a number from 0 on", lambda x: 0 <= x
+      )
+    for name in ("b1", "b2"):
+      check_number(
+          f"Optimizer.{name}", getattr(self, name), "from 0 to below 1", lambda x: 0 <= x < 1
+      )
+    if self.max_gradient_norm is not None:
+      check_number(
+          "Optimizer.max_gradient_norm", self.max_gradient_norm, "a positive number, or None",
+          lambda x: 0 < x,
+      )
+    check_count("Optimizer.warmup_steps", self.warmup_steps, 0)
     if self.warmup_steps < (self.schedule == "rsqrt"):
       raise InputError("Optimizer.warmup_steps", self.warmup_steps, "0 or more; rsqrt needs 1")
-    if self.schedule in ("cosine", "linear") and (
+    if self.schedule in DECAYING and (
         self.decay_steps is None or self.decay_steps <= self.warmup_steps
     ):
       raise InputError(
           "Optimizer.decay_steps", self.decay_steps,
           f"more than the {self.warmup_steps} warmup_steps, for {self.schedule}",
       )
+
+  def to_dict(self) -> dict[str, Any]:
+    """The fields that count, ready for JSON."""
+    fields = dataclasses.asdict(self)
+    if self.schedule not in DECAYING:
+      fields |= {"decay_steps": None, "final_fraction": None}
+    return fields
 
   def rate(self) -> optax.Schedule:
     """The learning rate, a function of the step from 0 on."""
