@@ -9,11 +9,11 @@ import os
 from pathlib import Path
 
 import numpy as np
-from rich.progress import track
 
-from bpd_jax.data.batches import Dataset
+from bpd_jax.data.batches import cut_inputs, Dataset
 from bpd_jax.data.token_cache import TokenCache, write_cache
 from bpd_jax.generation import Generator
+from bpd_jax.training.metrics import shown
 
 # Examples in a part; a run that is killed loses one part at most.
 PART = 512
@@ -69,10 +69,7 @@ def distil(
   eos_id = generator.config.eos_id
 
   def pairs(part: Sequence[int]) -> Iterator[tuple[list[int], list[int]]]:
-    inputs = [dataset[i][0].tolist() for i in part]
-    inputs = [
-        row if len(row) <= input_length else [*row[: input_length - 1], eos_id] for row in inputs
-    ]
+    inputs = [cut_inputs(dataset[i][0], input_length, eos_id).tolist() for i in part]
     out = generator.generate(
         inputs, "greedy", max_length=target_length, batch_size=batch_size
     )
@@ -80,7 +77,8 @@ def distil(
 
   parts = []
   starts = range(0, len(examples), PART)
-  for number, start in enumerate(track(starts, description=f"distil {dataset.name}")):
+  label = f"greedy outputs of {dataset.name}, parts of {PART} examples"
+  for number, start in enumerate(shown(starts, label)):
     path = Path(folder) / f"part_{number:05}"
     if path.is_dir():
       parts.append(TokenCache(path))

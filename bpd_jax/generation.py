@@ -235,6 +235,7 @@ def decode_batch(
 
 # One cache of compiled programs for all models of the process: models of one
 # config and mesh share them.
+_VIEW = jax.jit(decode_view, static_argnums=0)
 _PREFILL = jax.jit(prefill, static_argnums=0)
 _START = jax.jit(start_state, static_argnums=(0, 1))
 _DECODE = jax.jit(decode_batch, static_argnums=(0, 1), donate_argnums=4)
@@ -271,9 +272,7 @@ class Generator:
   def view(self) -> Any:
     """The parameters as decoding reads them, made once."""
     if self._view is None:
-      self._view = jax.block_until_ready(
-          jax.jit(functools.partial(decode_view, self.config))(self.params)
-      )
+      self._view = jax.block_until_ready(_VIEW(self.config, self.params))
     return self._view
 
   @property

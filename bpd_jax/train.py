@@ -10,8 +10,8 @@ gets `model/`, ready for evaluate and decode; `checkpoints/`; `metrics.jsonl` an
 
 from collections.abc import Mapping, Sequence
 import dataclasses
+import functools
 from pathlib import Path
-import shutil
 import sys
 from typing import Any
 
@@ -21,20 +21,26 @@ import numpy as np
 from rich.console import Console
 
 from bpd_jax.checkpoints import describe, load_config, save_model, start_from
-from bpd_jax.data.batches import Batches, Dataset
-from bpd_jax.data.datasets import CachedTask, open_task, task_fingerprint, TextTask
-from bpd_jax.data.jsonl import JsonlTask
+from bpd_jax.data.batches import Batches, Dataset, shares
+from bpd_jax.data.datasets import (
+    CachedTask,
+    check_task,
+    open_task,
+    task_fingerprint,
+    task_label,
+    TextTask,
+)
 from bpd_jax.distillation import distil
 from bpd_jax.environment import describe_device, git_revision, versions
-from bpd_jax.errors import InputError
-from bpd_jax.evaluation.validation import Evaluation, Validation
+from bpd_jax.errors import check_count, InputError
+from bpd_jax.evaluation.validation import Evaluation, metric_names, Validation
 from bpd_jax.folders import write_object
 from bpd_jax.generation import Generator
 from bpd_jax.launch import read_gin, run
 from bpd_jax.model.config import ModelConfig
 from bpd_jax.model.model import init_params
 from bpd_jax.partitioning import Partitioning, single_device
-from bpd_jax.training.loop import check_run, Schedule, train_steps, TrainingError
+from bpd_jax.training.loop import claim_run, open_run, Schedule, train_steps, TrainingError
 from bpd_jax.training.loss import Loss
 from bpd_jax.training.metrics import Display
 from bpd_jax.training.optimizer import Optimizer
@@ -117,127 +123,176 @@ def train(
   is_frozen = mode != "joint"
   if is_frozen and checkpoint is None:
     raise InputError("train.checkpoint", None, f"a model folder in mode {mode!r}")
+  if mode == "distill" and jax.process_count() > 1:
+    raise InputError("train.mode", mode, "another one where several processes train")
+  for name, size in (
+      ("batch_size", batch_size), ("input_length", input_length),
+      ("target_length", target_length), ("num_microbatches", num_microbatches),
+      ("max_states", max_states),
+  ):
+    check_count(f"train.{name}", size)
+  check_count("train.seed", seed, 0)
   if checkpoint is not None:
     config = load_config(checkpoint)
-    vocabulary = vocabulary or vocabulary_path(checkpoint)
     changes = {"block_size": block_size, "dropout_rate": dropout_rate}
     config = config.replace(**{k: v for k, v in changes.items() if v is not None})
-  if vocabulary is None:
-    raise InputError("train.vocabulary", None, "a vocabulary file")
-  words = open_vocabulary(vocabulary, config.vocab_size)
+  words, vocabulary = run_vocabulary(vocabulary, checkpoint, config.vocab_size)
   check_batch(partitioning, batch_size, num_microbatches)
   step = Step(
       config, partitioning, optimizer, loss, mode=mode, num_microbatches=num_microbatches,
       average_decay=average_decay,
   )
-  check_schedule(schedule, validation)
-  check_tasks(tasks, validation)
-  # Caches of text go to the run's folder, which mustn't be touched where it is
-  # another run's; so that is looked at twice.
+  read_tasks = [*check_tasks("train.tasks", tasks)]
+  if rates is not None:
+    shares(rates, tasks)
+  if validation is not None:
+    read_tasks += check_tasks("Validation.tasks", validation.tasks)
+  check_schedule(schedule, validation, config.block_size)
+  fingerprints = {task: task_fingerprint(task) for task in read_tasks}
   identity = {
       "model": config.to_dict(), "checkpoint": checkpoint, "has_fresh_heads": has_fresh_heads,
       "mode": mode, "rates": rates, "batch_size": batch_size, "input_length": input_length,
       "target_length": target_length, "is_packed": is_packed,
-      "num_microbatches": num_microbatches, "optimizer": dataclasses.asdict(optimizer),
+      "num_microbatches": num_microbatches, "optimizer": optimizer.to_dict(),
       "loss": dataclasses.asdict(loss), "average_decay": average_decay,
       "max_states": max_states if is_frozen else None, "seed": seed,
       "mesh": dict(partitioning.mesh.shape), "vocabulary": words.fingerprint,
-      "tasks": [task_fingerprint(task) for task in tasks],
+      "tasks": [fingerprints[task] for task in tasks],
   }
-  has_begun = check_run(workdir, identity)
   console = Console()
   say = lambda text: console.print(text, highlight=False, soft_wrap=True)
-  open_all = lambda tasks: [open_task(task, words, Path(workdir) / "tasks") for task in tasks]
-  datasets = open_all(tasks)
-  write_records(workdir)
 
-  # --- the start ---
-  say(f"{'goes on in' if has_begun else 'new run in'} {workdir}; {describe_device()}, mesh "
-      + " × ".join(f"{size} {name}" for name, size in partitioning.mesh.shape.items()))
-  start = None
-
+  @functools.cache
   def initial_params() -> Any:
-    nonlocal start
-    if start is None:
-      if checkpoint is None:
-        start = init_params(config, partitioning, jax.random.key(seed))
-        say("parameters start from scratch")
-      else:
-        start, matched = start_from(
-            checkpoint, config, partitioning, has_fresh_heads=has_fresh_heads, seed=seed
-        )
-        say(matched)
-      say(describe(config, start))
-      say(place_table(step))
-    return start
+    if checkpoint is None:
+      params = init_params(config, partitioning, jax.random.key(seed))
+      say("parameters start from scratch")
+    else:
+      params, matched = start_from(
+          checkpoint, config, partitioning, has_fresh_heads=has_fresh_heads, seed=seed
+      )
+      say(matched)
+    say(describe(config, params))
+    say(place_table(step))
+    return params
 
-  # --- data ---
-  lengths = {"input_length": input_length, "target_length": target_length}
-  if is_frozen and jax.process_count() == 1:
-    states = cached_states(
-        Path(workdir) / "states", step, initial_params, datasets, mode, words, max_states,
-        batch_size, lengths, seed,
-    )
-    batches = StateBatches(
-        states, rates=rates, batch_size=batch_size, target_length=target_length, seed=seed
-    )
-  else:
-    if mode == "distill":
-      raise InputError("train.mode", mode, "another one where several processes train")
-    batches = Batches(
-        datasets, rates=rates, batch_size=batch_size, is_packed=is_packed, eos_id=config.eos_id,
-        seed=seed, process_index=jax.process_index(), process_count=jax.process_count(),
-        **lengths,
-    )
+  def take_params() -> Any:
+    params = initial_params()
+    # The state takes them over; there would be two copies of a large model else.
+    initial_params.cache_clear()
+    return params
+
+  with open_run(workdir, identity) as has_begun:
+    say(f"{'goes on in' if has_begun else 'new run in'} {workdir}; {describe_device()}, mesh "
+        + " × ".join(f"{size} {name}" for name, size in partitioning.mesh.shape.items()))
+    if not has_begun:
+      # All that can be wrong with what is read is found before the folder is claimed.
+      for task in read_tasks:
+        check_task(task, words)
+      if checkpoint is not None:
+        initial_params()
+      claim_run(workdir, identity)
+    write_records(workdir)
+
+    # --- data ---
+    open_all = lambda tasks: [
+        open_task(task, words, Path(workdir) / "tasks", fingerprints[task]) for task in tasks
+    ]
+    datasets = open_all(tasks)
+    lengths = {"input_length": input_length, "target_length": target_length}
+    if is_frozen and jax.process_count() == 1:
+      states = cached_states(
+          Path(workdir) / "states", step, initial_params, datasets, mode, words, max_states,
+          batch_size, lengths, seed,
+      )
+      batches = StateBatches(
+          states, rates=rates, batch_size=batch_size, target_length=target_length, seed=seed
+      )
+    else:
+      batches = Batches(
+          datasets, rates=rates, batch_size=batch_size, is_packed=is_packed, eos_id=config.eos_id,
+          seed=seed, process_index=jax.process_index(), process_count=jax.process_count(),
+          **lengths,
+      )
     say(f"an epoch is {batches.steps_per_epoch():,.1f} steps of {batch_size} rows")
 
-  # --- steps ---
-  evaluate = None
-  if validation is not None:
-    evaluate = Evaluation(step, open_all(validation.tasks), validation, batch_size, words, lengths)
-  outcome = train_steps(
-      workdir, step, batches, schedule, initial_params, seed=seed, evaluate=evaluate,
-      display=Display(schedule.num_steps, console),
-  )
+    # --- steps ---
+    evaluate = None
+    if validation is not None:
+      evaluate = Evaluation(
+          step, open_all(validation.tasks), validation, batch_size, words, lengths
+      )
+    outcome = train_steps(
+        workdir, step, batches, schedule, take_params, seed=seed, evaluate=evaluate,
+        display=Display(schedule.num_steps, console),
+    )
 
-  # --- the model ---
-  params, which = step.averaged(outcome.state), f"step {outcome.step:,}"
-  if outcome.best_step is not None:
-    params, which = outcome.best_params, f"step {outcome.best_step:,}, the best"
-  folder = Path(workdir) / MODEL_FOLDER
-  shutil.rmtree(folder, ignore_errors=True)
-  save_model(folder, config, params, vocabulary)
-  say(f"{folder} holds {which}")
-
-
-def check_schedule(schedule: Schedule, validation: Validation | None) -> None:
-  """Raises InputError where a run should evaluate and has nothing to look at."""
-  needs = [
-      name for name in ("evaluate_every", "best_metric") if getattr(schedule, name)
-  ]
-  if needs and validation is None:
-    raise InputError(f"Schedule.{needs[0]}", getattr(schedule, needs[0]), "0 without validation")
+    # --- the model ---
+    params, which = step.averaged(outcome.state), f"step {outcome.step:,}"
+    if outcome.best_step is not None:
+      params, which = outcome.best_params, f"step {outcome.best_step:,}, the best"
+    folder = Path(workdir) / MODEL_FOLDER
+    save_model(folder, config, params, vocabulary, may_replace=True)
+    say(f"{folder} holds {which}")
 
 
-def check_tasks(tasks: Sequence[Any], validation: Validation | None) -> None:
-  """Raises InputError where there is nothing to read, or something that can't be read."""
-  for name, listed in (
-      ("train.tasks", tasks), ("Validation.tasks", validation.tasks if validation else None)
-  ):
-    if listed is not None and not listed:
-      raise InputError(name, list(listed), "at least one task")
-    for task in listed or ():
-      if isinstance(task, JsonlTask) and task.targets is None:
-        raise InputError(f"JsonlTask {task.name} targets", None, "a field of the file")
+def run_vocabulary(
+    path: str | None, checkpoint: str | None, vocab_size: int
+) -> tuple[Vocabulary, str | Path]:
+  """The run's vocabulary and its file.
+
+  Raises:
+    InputError: where there is none, it doesn't fit, or the checkpoint has another.
+  """
+  own = None if checkpoint is None else vocabulary_path(checkpoint)
+  if path is None and own is None:
+    raise InputError("train.vocabulary", None, "a vocabulary file")
+  words = open_vocabulary(path or own, vocab_size)
+  if own is not None:
+    expected = open_vocabulary(own, vocab_size).fingerprint
+    if words.fingerprint != expected:
+      raise InputError(
+          "train.vocabulary", f"{path}, {words.fingerprint}",
+          f"None, or {expected}, the checkpoint's",
+      )
+  return words, path or own
+
+
+def check_schedule(schedule: Schedule, validation: Validation | None, block_size: int) -> None:
+  """Raises InputError where evaluations are asked for that there won't be."""
+  if validation is None:
+    for name in ("evaluate_every", "best_metric"):
+      if getattr(schedule, name):
+        raise InputError(f"Schedule.{name}", getattr(schedule, name), "none without validation")
+    return
+  names = metric_names(validation, block_size)
+  if schedule.best_metric is not None and schedule.best_metric not in names:
+    raise InputError("Schedule.best_metric", schedule.best_metric, f"one of {names}")
+
+
+def check_tasks(name: str, tasks: Sequence[Any]) -> Sequence[Any]:
+  """The tasks; InputError where there are none, or two datasets of one name."""
+  labels = [task_label(task) for task in tasks]
+  if not labels or len(set(labels)) < len(labels):
+    raise InputError(name, labels, "at least one task, with names that differ")
+  for label in labels:
+    if "/" in label:
+      raise InputError(name, label, "names without /")
+  return tasks
 
 
 def write_records(workdir: str) -> None:
   """Writes what the run was configured with and made with."""
   folder = Path(workdir)
-  (folder / "config.gin").write_text(gin.operative_config_str(), encoding="utf-8")
-  write_object(folder / "environment.json", {
-      "git_revision": git_revision(), "versions": versions(), "device": describe_device(),
-  })
+  try:
+    (folder / "config.gin").write_text(gin.operative_config_str(), encoding="utf-8")
+    write_object(folder / "environment.json", {
+        "git_revision": git_revision(), "versions": versions(), "device": describe_device(),
+    })
+  except OSError as error:
+    raise InputError(
+        "workdir", workdir, f"a path that can be written ({error.strerror})"
+    ) from error
 
 
 def place_table(step: Step) -> str:
@@ -281,7 +336,7 @@ def cached_states(
 
 def main(argv: Sequence[str]) -> int:
   """Trains as gin says; see `--help`."""
-  read_gin(argv, "python -m bpd_jax.train", __doc__.splitlines()[0])
+  read_gin(argv, "python -m bpd_jax.train", __doc__.splitlines()[0], train)
   try:
     train()
   except TrainingError as error:

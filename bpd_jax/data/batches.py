@@ -13,7 +13,7 @@ from typing import Protocol
 
 import numpy as np
 
-from bpd_jax.errors import InputError
+from bpd_jax.errors import check_count, InputError
 
 # Rows over which the shares of a mixture are met exactly.
 CYCLE = 1000
@@ -87,12 +87,9 @@ class Batches:
     """
     if not datasets:
       raise InputError("datasets", [], "at least one")
-    for name, size in (
-        ("batch_size", batch_size), ("input_length", input_length),
-        ("target_length", target_length),
-    ):
-      if size < 1:
-        raise InputError(name, size, "a positive integer")
+    check_count("batch_size", batch_size)
+    check_count("input_length", input_length)
+    check_count("target_length", target_length)
     if batch_size % process_count:
       raise InputError("batch_size", batch_size, f"a multiple of the {process_count} processes")
     self.batch_size = batch_size
@@ -239,8 +236,7 @@ def assemble(
   for i, examples in enumerate(rows):
     starts = np.zeros(2, int)
     for segment, (inputs, targets) in enumerate(examples, start=1):
-      if len(inputs) > input_length:
-        inputs = np.append(inputs[: input_length - 1], eos_id)
+      inputs = cut_inputs(inputs, input_length, eos_id)
       targets = targets[:target_length]
       encoder, decoder = (
           slice(start, start + len(tokens)) for start, tokens in zip(starts, (inputs, targets))
@@ -254,13 +250,20 @@ def assemble(
   return batch
 
 
+def cut_inputs(inputs: np.ndarray, input_length: int, eos_id: int) -> np.ndarray:
+  """Inputs that fit, closed by an EOS where they were cut."""
+  if len(inputs) <= input_length:
+    return inputs
+  return np.append(inputs[: input_length - 1], eos_id)
+
+
 def in_order(
     dataset: Dataset, batch_size: int, input_length: int, target_length: int,
-    max_examples: int | None = None,
+    max_examples: int | None = None, eos_id: int = 1,
 ) -> Iterator[Batch]:
   """The first examples of a dataset once, unpacked; the last batch ends in empty rows."""
   count = len(dataset.lengths) if max_examples is None else max_examples
   count = min(count, len(dataset.lengths))
   for first in range(0, count, batch_size):
     rows = [[dataset[i]] if i < count else [] for i in range(first, first + batch_size)]
-    yield assemble(rows, input_length, target_length)
+    yield assemble(rows, input_length, target_length, eos_id=eos_id)

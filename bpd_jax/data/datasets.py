@@ -65,13 +65,37 @@ def task_fingerprint(task: CachedTask | TextTask) -> str:
   return hashlib.sha256(text.encode("utf-8")).hexdigest()[:16]
 
 
-def open_task(task: CachedTask | TextTask, vocabulary: Vocabulary, folder: Path) -> Dataset:
+def task_label(task: CachedTask | TextTask) -> str:
+  """The name of a task's dataset, as metrics have it; InputError for no cache."""
+  if isinstance(task, CachedTask):
+    return TokenCache(task.path).name
+  return f"{task.name}.{task.split}"
+
+
+def check_task(task: CachedTask | TextTask, vocabulary: Vocabulary) -> None:
+  """Raises InputError where `open_task` would, but for a disk that is full.
+
+  What `task_fingerprint` finds isn't looked for again.
+  """
+  if isinstance(task, CachedTask):
+    open_task(task, vocabulary, Path())
+  elif isinstance(task, JsonlTask):
+    if task.targets is None:
+      raise InputError(f"JsonlTask {task.name} targets", None, "a field of the file")
+    task.rows()
+
+
+def open_task(
+    task: CachedTask | TextTask, vocabulary: Vocabulary, folder: Path,
+    fingerprint: str | None = None,
+) -> Dataset:
   """A task's examples as token ids; text is made into a token cache once.
 
   Args:
     task: a cache, or a task with rows of text.
     vocabulary: of the run.
     folder: where caches of text go.
+    fingerprint: `task_fingerprint`, where it is known already.
 
   Raises:
     InputError: where the ids are another vocabulary's, or a row can't be read.
@@ -85,7 +109,7 @@ def open_task(task: CachedTask | TextTask, vocabulary: Vocabulary, folder: Path)
           f"{vocabulary.fingerprint} of {vocabulary.size} ids, the run's",
       )
     return cache if task.max_examples is None else First(cache, task.max_examples)
-  path = folder / f"{task.name}.{task.split}_{task_fingerprint(task)}"
+  path = folder / f"{task_label(task)}_{fingerprint or task_fingerprint(task)}"
   if path.is_dir():
     return TokenCache(path)
   # EOS is id 1 in all of T5's vocabularies.

@@ -50,7 +50,7 @@ import numpy as np
 
 from bpd_jax.data.sources import SPLITS
 from bpd_jax.data.text_tasks import Example
-from bpd_jax.errors import InputError
+from bpd_jax.errors import check_count, InputError
 
 NUM_OPENERS = 10
 FIRST_OPENER = 1 / 4
@@ -175,6 +175,7 @@ class GrammarTask:
     """`inputs` and `targets` of each."""
     if self.split not in SPLITS:
       raise InputError("GrammarTask.split", self.split, f"one of {SPLITS}")
+    check_count("GrammarTask.max_examples", self.max_examples)
     return [
         dataclasses.asdict(example)
         for example in grammar(self.split, self.max_examples, self.seed)

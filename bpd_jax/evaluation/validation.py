@@ -2,13 +2,15 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import numpy as np
 
-from bpd_jax.data.batches import Dataset, in_order
-from bpd_jax.data.datasets import CachedTask, TextTask
+from bpd_jax.data.batches import cut_inputs, Dataset, in_order
+from bpd_jax.data.datasets import CachedTask, task_label, TextTask
+from bpd_jax.errors import check_count
 from bpd_jax.evaluation.quality import is_looping
 from bpd_jax.generation import Generator
 from bpd_jax.training.loss import head_losses
@@ -30,6 +32,21 @@ class Validation:
   max_examples: int = 200
   num_decoded: int = 32
 
+  def __post_init__(self):
+    check_count("Validation.max_examples", self.max_examples)
+    check_count("Validation.num_decoded", self.num_decoded, 0)
+
+
+DECODED = ("block_efficiency", "exact_match", "looping_rows")
+
+
+def metric_names(validation: Validation, block_size: int) -> list[str]:
+  """What an evaluation measures, by the names that metrics have."""
+  heads = [f"{name}_head_{i}" for i in range(1, block_size + 1) for name in ("loss", "accuracy")]
+  names = ["loss", *heads, *(DECODED if validation.num_decoded else ())]
+  groups = ["validation", *map(task_label, validation.tasks)]
+  return [f"{group}/{name}" for group in groups for name in names]
+
 
 class Evaluation:
   """Figures of a model on validation tasks; to be called with parameters and a step."""
@@ -49,7 +66,11 @@ class Evaluation:
     """TASK/loss_head_i, accuracy_head_i, and of decoded rows block_efficiency, exact_match
     and looping_rows; and `validation/` the mean of each over the tasks."""
     del step
-    tasks = {dataset.name: self._measure(params, dataset) for dataset in self._datasets}
+    # One for all tasks, as it makes its own view of the parameters.
+    generator = Generator(
+        self._step.config, params, self._step.partitioning, self._vocabulary
+    )
+    tasks = {dataset.name: self._measure(generator, dataset) for dataset in self._datasets}
     names = set.intersection(*map(set, tasks.values()))
     figures = {
         f"validation/{name}": float(np.mean([task[name] for task in tasks.values()]))
@@ -59,11 +80,13 @@ class Evaluation:
       figures |= {f"{task}/{name}": value for name, value in values.items()}
     return figures
 
-  def _measure(self, params: Any, dataset: Dataset) -> dict[str, float]:
+  def _measure(self, generator: Generator, dataset: Dataset) -> dict[str, float]:
+    place = functools.partial(place_batch, self._step.partitioning)
     sums = add_up(
-        jax.device_get(self._step.measure(params, place_batch(self._step.partitioning, batch)))
+        jax.device_get(self._step.measure(generator.params, place(batch)))
         for batch in in_order(
-            dataset, self._batch_size, max_examples=self._validation.max_examples, **self._lengths
+            dataset, self._batch_size, max_examples=self._validation.max_examples,
+            eos_id=generator.config.eos_id, **self._lengths,
         )
     )
     figures = head_losses(sums)
@@ -72,26 +95,22 @@ class Evaluation:
     )
     count = min(self._validation.num_decoded, len(dataset.lengths))
     if count:
-      figures |= self._decode(params, dataset, count)
+      figures |= self._decode(generator, dataset, count)
     return figures
 
-  def _decode(self, params: Any, dataset: Dataset, count: int) -> dict[str, float]:
-    config = self._step.config
-    generator = Generator(config, params, self._step.partitioning, self._vocabulary)
-    most = self._lengths["input_length"]
+  def _decode(self, generator: Generator, dataset: Dataset, count: int) -> dict[str, float]:
+    config, most = generator.config, self._lengths["input_length"]
     inputs, targets = zip(*(dataset[i] for i in range(count)))
     out = generator.generate(
-        [row[:most].tolist() for row in inputs],
+        [cut_inputs(row, most, config.eos_id).tolist() for row in inputs],
         "blockwise" if config.block_size > 1 else "greedy",
         max_length=self._lengths["target_length"], batch_size=self._batch_size,
     )
     same = [np.array_equal(row, target) for row, target in zip(out.tokens, targets)]
     looping = [is_looping(row.tolist()) for row in out.tokens]
-    return {
-        "block_efficiency": out.block_efficiency,
-        "exact_match": float(np.mean(same)),
-        "looping_rows": float(np.mean(looping)),
-    }
+    return dict(zip(DECODED, (
+        out.block_efficiency, float(np.mean(same)), float(np.mean(looping)),
+    )))
 
 
 def add_up(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:

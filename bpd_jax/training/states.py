@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.progress import track
 
 from bpd_jax.data.batches import assemble, Batches, Dataset
 from bpd_jax.errors import InputError
 from bpd_jax.folders import new_folder, read_object, write_object
+from bpd_jax.training.metrics import shown
 from bpd_jax.training.step import place_batch, Step
 
 INFO_FILE = "states.json"
@@ -73,7 +73,6 @@ def write_states(
     batch_size: int,
     input_length: int,
     target_length: int,
-    has_progress: bool = True,
 ) -> HiddenStates:
   """Reads examples with the base model and writes its states.
 
@@ -86,7 +85,6 @@ def write_states(
     batch_size: rows read together.
     input_length: tokens of inputs; longer ones are cut.
     target_length: tokens of targets; longer ones are cut.
-    has_progress: whether to show a progress bar.
 
   Returns:
     The states, open.
@@ -101,25 +99,26 @@ def write_states(
   lengths = np.minimum(dataset.lengths[np.asarray(examples), 1], target_length)
   starts = np.cumsum(lengths) - lengths
   targets = np.zeros([lengths.sum()], np.int32)
+  dtype = np.dtype(config.dtype)
+  row_bytes = config.d_model * dtype.itemsize
+  # Not through a memory map, where a full disk kills the process.
   with new_folder(folder) as partial:
     try:
-      states = np.memmap(
-          partial / STATES_FILE, np.dtype(config.dtype), "w+",
-          shape=(len(targets), config.d_model),
-      )
-      shown = track(groups, description="decoder states") if has_progress else groups
-      for group in shown:
-        rows = [[dataset[examples[i]]] for i in group]
-        longest = min(max(len(row[0][0]) for row in rows), input_length)
-        length = min(-(-longest // 64) * 64, input_length)
-        rows += [[]] * (batch_size - len(rows))
-        batch = assemble(rows, length, target_length, eos_id=config.eos_id)
-        hidden = np.asarray(step.hidden(params, place_batch(step.partitioning, batch)))
-        for place, i in enumerate(group):
-          span = slice(starts[i], starts[i] + lengths[i])
-          states[span] = hidden[place, : lengths[i]]
-          targets[span] = batch["decoder_target_tokens"][place, : lengths[i]]
-      states.flush()
+      with open(partial / STATES_FILE, "wb") as file:
+        for group in shown(groups, f"decoder states of {dataset.name}, batches"):
+          rows = [[dataset[examples[i]]] for i in group]
+          longest = min(max(len(row[0][0]) for row in rows), input_length)
+          length = min(-(-longest // 64) * 64, input_length)
+          rows += [[]] * (batch_size - len(rows))
+          batch = assemble(rows, length, target_length, eos_id=config.eos_id)
+          hidden = step.hidden(params, place_batch(step.partitioning, batch))
+          hidden = np.asarray(hidden).astype(dtype, copy=False)
+          for place, i in enumerate(group):
+            file.seek(starts[i] * row_bytes)
+            file.write(hidden[place, : lengths[i]].tobytes())
+            targets[starts[i] : starts[i] + lengths[i]] = (
+                batch["decoder_target_tokens"][place, : lengths[i]]
+            )
       np.save(partial / TARGETS_FILE, targets)
       np.save(partial / LENGTHS_FILE, lengths)
       write_object(
@@ -148,6 +147,10 @@ class StateBatches:
         datasets, rates=rates, batch_size=batch_size, input_length=1,
         target_length=target_length, is_packed=True, seed=seed,
     )
+
+  def steps_per_epoch(self) -> float:
+    """See `Batches`."""
+    return self._batches.steps_per_epoch()
 
   def batch(self, step: int) -> dict[str, np.ndarray]:
     """The rows of a step, from 0 on."""
