@@ -25,7 +25,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from bpd_jax.data.rows import MAX_INPUT_TOKENS, MAX_TARGET_TOKENS, VOCABULARY_FILE
-from bpd_jax.errors import InputError
+from bpd_jax.errors import check_count, InputError
 from bpd_jax.launch import run
 from bpd_jax.vocabulary import (
   BYTES_FILE,
@@ -77,12 +77,9 @@ def cache(
     InputError: before anything is written where an argument is wrong, data isn't
       there, or a folder holds something else.
   """
-  for name, value in (
-      ("max_input_length", max_input_length), ("max_target_length", max_target_length),
-      ("copies", copies),
-  ):
-    if value < 1:
-      raise InputError(name, value, "a positive integer")
+  check_count("max_input_length", max_input_length)
+  check_count("max_target_length", max_target_length)
+  check_count("copies", copies)
   vocabulary = read_vocabulary(vocabulary_file)
   import_quietly()
   from bpd_jax.data import seqio_cache, seqio_tasks
@@ -138,8 +135,7 @@ def print_examples(
   Raises:
     InputError: where an argument is wrong or the data isn't there.
   """
-  if num_examples < 1:
-    raise InputError("n", num_examples, "a positive integer")
+  check_count("n", num_examples)
   vocabulary = read_vocabulary(vocabulary_file)
   import_quietly()
   from bpd_jax.data import seqio_cache, seqio_tasks
@@ -170,7 +166,7 @@ def print_tasks(data_dir: str | None = None, **corpus: Any) -> None:
     elif info.is_made:
       state = "made on first use"
     else:
-      state = f"not here: {info.dataset}" + (", by hand" if info.is_by_hand() else "")
+      state = f"not here: {info.dataset}" + (", by hand" if info.is_by_hand else "")
     table.add_row(name, " ".join(_splits(name)), info.about, state)
   console.print(table)
   table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
@@ -238,7 +234,7 @@ def get_data(task: str, info: "TaskInfo") -> None:
   folder = str(info.builder().data_dir)
   if not info.is_made:
     how = f"tfds build {info.dataset} --data_dir=DIR"
-    if info.is_by_hand():
+    if info.is_by_hand:
       how += " says what to fetch by hand"
     raise InputError(f"{task} data", folder, f"a folder with TFDS's {info.dataset}; {how}")
   print(f"{folder}: is made, once", file=sys.stderr)

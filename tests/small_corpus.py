@@ -4,11 +4,12 @@ from bpd_jax.data import docstrings
 from bpd_jax.data.manifest import Environment, Manifest
 from bpd_jax.data.sources import Source
 
+# Not in the order of their paths, so that this order shows.
 SOURCES = (
+    Source("urllib3", "MIT", "train"),
+    Source("rich", "MIT", "train"),
     Source("absl-py", "Apache-2.0", "train"),
     Source("etils", "Apache-2.0", "train"),
-    Source("rich", "MIT", "train"),
-    Source("urllib3", "MIT", "train"),
     Source("opt_einsum", "MIT", "validation"),
     Source("requests", "Apache-2.0", "test"),
 )

@@ -12,6 +12,7 @@ import shutil
 
 import seqio
 
+from bpd_jax.data.batches import cut_inputs
 from bpd_jax.data.token_cache import TokenCache, write_cache
 from bpd_jax.errors import InputError
 from bpd_jax.folders import read_object, write_object
@@ -151,5 +152,5 @@ def fit(
       continue
     if len(inputs) > lengths[0]:
       too_long.cut += 1
-      inputs = [*inputs[: lengths[0] - 1], inputs[-1]]
+      inputs = cut_inputs(inputs, lengths[0], inputs[-1])
     yield inputs, targets

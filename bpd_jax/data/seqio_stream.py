@@ -13,7 +13,7 @@ import seqio
 import tensorflow as tf
 
 from bpd_jax.data.batches import assemble, Batch, pack
-from bpd_jax.errors import InputError
+from bpd_jax.errors import check_count, InputError
 
 # Examples among which packing looks for what fits together.
 WINDOW = 1000
@@ -66,12 +66,9 @@ class SeqioStream:
     self._provider = registry.get(name)
     if split not in self._provider.splits:
       raise InputError(f"{name} split", split, f"one of {sorted(self._provider.splits)}")
-    for field, size in (
-        ("batch_size", batch_size), ("input_length", input_length),
-        ("target_length", target_length),
-    ):
-      if size < 1:
-        raise InputError(field, size, "a positive integer")
+    check_count("batch_size", batch_size)
+    check_count("input_length", input_length)
+    check_count("target_length", target_length)
     if batch_size % process_count:
       raise InputError("batch_size", batch_size, f"a multiple of the {process_count} processes")
     self.batch_size = batch_size

@@ -46,6 +46,7 @@ class TaskInfo:
       where it reads nothing.
     builder: of that dataset, None where there is none.
     is_made: whether the dataset is made from what is installed, on first use.
+    is_by_hand: whether TFDS wants files that it can't fetch.
     is_noised: whether another pass over the data gives other examples.
   """
 
@@ -53,15 +54,12 @@ class TaskInfo:
   dataset: str = ""
   builder: Callable[[], tfds.core.DatasetBuilder] | None = None
   is_made: bool = False
+  is_by_hand: bool = False
   is_noised: bool = False
 
   def is_here(self) -> bool:
     """Whether the data can be read at once."""
     return self.builder is None or self.builder().is_prepared()
-
-  def is_by_hand(self) -> bool:
-    """Whether TFDS wants files that it can't fetch."""
-    return self.builder is not None and bool(self.builder().MANUAL_DOWNLOAD_INSTRUCTIONS)
 
   def data_version(self) -> str:
     """What the examples depend on beside the program."""
@@ -87,6 +85,7 @@ class PaperTask:
     targets: format of the targets.
     first: what is done to the records before.
     splits: SeqIO's names and TFDS's.
+    is_by_hand: whether TFDS wants files that it can't fetch.
   """
 
   dataset: str
@@ -96,6 +95,7 @@ class PaperTask:
   splits: Mapping[str, str] = dataclasses.field(
       default_factory=lambda: {split: split for split in SPLITS}
   )
+  is_by_hand: bool = False
 
 
 def first_answer(dataset: tf.data.Dataset) -> tf.data.Dataset:
@@ -130,15 +130,17 @@ PAPER_TASKS: Mapping[str, PaperTask] = MappingProxyType({
     ),
     "cnn_dailymail": PaperTask("cnn_dailymail:3.4.0", "summarize: {article}", "{highlights}"),
     "samsum": PaperTask(
-        "samsum:1.0.0", "Here is a dialogue: {dialogue}\nWrite a short summary!", "{summary}"
+        "samsum:1.0.0", "Here is a dialogue: {dialogue}\nWrite a short summary!", "{summary}",
+        is_by_hand=True,
     ),
     "multi_news": PaperTask(
         "multi_news:2.1.0", "Write a summary based on this article: {document}", "{summary}"
     ),
-    "xsum": PaperTask("xsum:1.1.0", "Summarize: {document}", "{summary}"),
+    "xsum": PaperTask("xsum:1.1.0", "Summarize: {document}", "{summary}", is_by_hand=True),
     "newsroom": PaperTask(
         "newsroom:1.0.0",
         "Please write a short summary for the following article: {title} {text}", "{summary}",
+        is_by_hand=True,
     ),
 })
 ABOUT = MappingProxyType({
@@ -254,7 +256,8 @@ def register(
     )
     first = () if task.first is None else (task.first,)
     builder = functools.partial(tfds_builder, task.dataset)
-    add(name, source, (*first, prompt, *encode), TaskInfo(ABOUT[name], task.dataset, builder))
+    info = TaskInfo(ABOUT[name], task.dataset, builder, is_by_hand=task.is_by_hand)
+    add(name, source, (*first, prompt, *encode), info)
 
   for name, rates in MIXTURES.items():
     seqio.MixtureRegistry.remove(name)

@@ -15,6 +15,9 @@ from bpd_jax.vocabulary import Vocabulary
 EOS_ID = 1
 UNKNOWN_ID = 2
 
+# TensorFlow only reads data; left alone, it takes the whole memory of a GPU from JAX.
+tf.config.set_visible_devices([], "GPU")
+
 
 class SeqioVocabulary(seqio.Vocabulary):
   """Encodes and decodes as a `bpd_jax.vocabulary` does; sentinels are its last ids.
