@@ -1,0 +1,140 @@
+"""Tiny runs of `python -m bpd_jax.train`, in this process or in one of their own."""
+
+import contextlib
+import json
+import os
+from pathlib import Path
+import random
+import subprocess
+import sys
+
+import gin
+import jax
+from jax.experimental.compilation_cache import compilation_cache
+import numpy as np
+import orbax.checkpoint as ocp
+
+from bpd_jax import launch, train
+
+ROOT = Path(__file__).resolve().parent.parent
+FILES = ("gin/models/tiny.gin", "gin/tasks/jsonl_train.gin", "gin/runs/train.gin")
+HEADS_FILES = ("gin/tasks/jsonl_train.gin", "gin/runs/train_heads.gin")
+# What makes a run tiny: T5 1.1 of width 16 on bytes.
+SIZES = {
+    "BLOCK_SIZE": 3, "VOCAB_SIZE": 260, "ModelConfig.d_model": 16, "ModelConfig.d_ff": 16,
+    "ModelConfig.d_kv": 8, "ModelConfig.num_heads": 2, "ModelConfig.num_encoder_layers": 1,
+    "ModelConfig.num_decoder_layers": 1, "ModelConfig.head_d_ff": 16,
+}
+LENGTHS = {"BATCH_SIZE": 4, "INPUT_LENGTH": 8, "TARGET_LENGTH": 12, "WARMUP_STEPS": 4}
+
+
+@contextlib.contextmanager
+def compilation_cache_in(folder):
+  """Keeps compiled programs in a folder, for this process and those that it starts.
+
+  Every run traces its own step, and compiles what it compiled before.
+  """
+  options = {
+      "jax_compilation_cache_dir": str(folder), "jax_persistent_cache_min_compile_time_secs": 0.0,
+      "jax_persistent_cache_min_entry_size_bytes": 0,
+  }
+  before = {name: getattr(jax.config, name) for name in options}
+  try:
+    for name, value in options.items():
+      jax.config.update(name, value)
+      os.environ[name.upper()] = str(value)
+    compilation_cache.reset_cache()
+    yield
+  finally:
+    for name, value in before.items():
+      jax.config.update(name, value)
+      del os.environ[name.upper()]
+    compilation_cache.reset_cache()
+
+
+def write_rows(folder, num_rows=40):
+  """Words whose letters are doubled: `train.jsonl`, `validation.jsonl`, and bytes' vocabulary."""
+  rng = random.Random(0)
+  for name, count in (("train", num_rows), ("validation", 6)):
+    words = ["".join(rng.choices("abcdefgh", k=rng.randint(1, 5))) for _ in range(count)]
+    rows = [{"inputs": word, "targets": "".join(2 * letter for letter in word)} for word in words]
+    write_jsonl(folder / f"{name}.jsonl", rows)
+  (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "ByT5Tokenizer"}')
+
+
+def write_jsonl(path, rows):
+  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def arguments(rows, workdir, files=FILES, **values):
+  """The command line of a run.
+
+  Args:
+    rows: a folder from `write_rows`.
+    workdir: the run's folder.
+    files: of gin.
+    **values: macros, and parameters with "__" for ".".
+  """
+  values = {
+      "ROWS": str(rows / "train.jsonl"), "VALIDATION_ROWS": str(rows / "validation.jsonl"),
+      "WORKDIR": str(workdir), **LENGTHS,
+      **({} if "CHECKPOINT" in values
+         else {"VOCABULARY": str(rows / "tokenizer_config.json"), **SIZES}),
+      **{name.replace("__", "."): value for name, value in values.items()},
+  }
+  return [*(f"--gin_file={file}" for file in files),
+          *(f"--gin.{name}={value!r}" for name, value in values.items())]
+
+
+def run(argv, main=train.main):
+  """Runs a command in this process; its exit status."""
+  try:
+    launch.run(main, argv)
+  except SystemExit as ended:
+    return ended.code or 0
+  finally:
+    gin.clear_config()
+
+
+def start(argv, module="bpd_jax.train", **options):
+  """Starts a command in a process of its own."""
+  options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options}
+  return subprocess.Popen(
+      [sys.executable, "-m", module, *argv], cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"},
+      **options,
+  )
+
+
+def last_state(workdir):
+  """The step of a run's last state, and its arrays by name."""
+  steps = [int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()]
+  with ocp.StandardCheckpointer() as checkpointer:
+    tree = checkpointer.restore(workdir / "checkpoints" / str(max(steps)) / "default")
+  return max(steps), leaves(tree)
+
+
+def model_params(workdir):
+  """Arrays of a run's model by name."""
+  with ocp.StandardCheckpointer() as checkpointer:
+    return leaves(checkpointer.restore(workdir / "model" / "params"))
+
+
+def cut(*paths):
+  """Truncates files."""
+  assert paths
+  for path in paths:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def leaves(tree):
+  return {
+      jax.tree_util.keystr(path): np.asarray(leaf)
+      for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+  }
+
+
+def assert_same(found, expected):
+  """The same names, and the same bits."""
+  assert set(found) == set(expected)
+  different = [name for name in found if found[name].tobytes() != expected[name].tobytes()]
+  assert not different
