@@ -71,11 +71,14 @@ class DecoderLayer(nn.Module):
     x = self.partitioning.constrain(x, ("batch", "length", "embed"))
     return x, (keys, values)
 
-  def __call__(self, x: Array, encoded: Array, own_bias: Array, cross_bias: Array,
-               is_training: bool) -> tuple[Array, None]:
-    """The layer over a whole target; None is for the scan."""
-    cross = (*self.cross_keys_values(encoded), cross_bias)
-    x, _ = self.block(x, [], own_bias, cross, is_training)
+  def __call__(
+      self, x: Array, encoded: Array, own_bias: Array, visible: Array, encoder_mask: Array,
+      is_training: bool,
+  ) -> tuple[Array, None]:
+    """The layer over a whole target; None is for the scan. Bias and masks: `EncoderLayer`."""
+    none = jnp.zeros([], own_bias.dtype)
+    cross = (*self.cross_keys_values(encoded), mask_bias(none, encoder_mask))
+    x, _ = self.block(x, [], mask_bias(own_bias, visible), cross, is_training)
     return x, None
 
 
@@ -102,7 +105,8 @@ class Decoder(nn.Module):
           for i in range(config.num_decoder_layers)
       ]
     else:
-      self.layers = stack_layers(DecoderLayer, config.num_decoder_layers, 3)(config, place)
+      stack = stack_layers(DecoderLayer, config.num_decoder_layers, 4, config.scan_unroll)
+      self.layers = stack(config, place)
     self.norm = RMSNorm(config)
     self.dropout = nn.Dropout(config.dropout_rate, broadcast_dims=(-2,))
 
@@ -126,12 +130,13 @@ class Decoder(nn.Module):
     position = jnp.arange(x.shape[1])[None, :]
     if visible is None:
       visible = position[:, :, None] >= position[:, None, :]
-    own_bias = mask_bias(self.relpos_bias(position, position), visible[:, None])
+    bias = self.relpos_bias(position, position)
     if encoder_mask.ndim == 2:
       encoder_mask = encoder_mask[:, None, :]
-    cross_bias = mask_bias(jnp.zeros([], own_bias.dtype), encoder_mask[:, None])
     drop = lambda y: self.dropout(y, deterministic=not is_training)
-    x, _ = self.layers(drop(x), encoded, own_bias, cross_bias, is_training)
+    x, _ = self.layers(
+        drop(x), encoded, bias, visible[:, None], encoder_mask[:, None], is_training
+    )
     return drop(self.norm(x))
 
   def cross_keys_values(self, encoded: Array) -> tuple[KeysValues, ...]:

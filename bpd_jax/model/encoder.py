@@ -24,26 +24,36 @@ class EncoderLayer(nn.Module):
   partitioning: Partitioning
 
   @nn.compact
-  def __call__(self, x: Array, bias: Array, is_training: bool) -> tuple[Array, None]:
-    """[batch, length, d_model] -> the same, and None for the scan."""
+  def __call__(
+      self, x: Array, bias: Array, mask: Array, is_training: bool
+  ) -> tuple[Array, None]:
+    """[batch, length, d_model] -> the same, and None for the scan.
+
+    Bias [1, heads, length, length] and mask [batch, 1, length or 1, length] come
+    apart: their sum is as large as the scores, and so would its gradient be.
+    """
     config, place = self.config, self.partitioning
     drop = nn.Dropout(config.dropout_rate, broadcast_dims=(-2,), deterministic=not is_training)
     attention = Attention(config, place, name="attention")
     normed = RMSNorm(config, name="pre_attention_layer_norm")(x)
     queries, keys, values = attention.queries_keys_values(normed)
-    x = x + drop(attention.combine(queries, [(keys, values, bias)], is_training))
+    segment = (keys, values, mask_bias(bias, mask))
+    x = x + drop(attention.combine(queries, [segment], is_training))
     normed = RMSNorm(config, name="pre_mlp_layer_norm")(x)
     x = x + drop(FeedForward(config, place, name="mlp")(normed, is_training))
     return place.constrain(x, ("batch", "length", "embed")), None
 
 
-def stack_layers(layer: type[nn.Module], num_layers: int, num_inputs: int) -> type[nn.Module]:
+def stack_layers(
+    layer: type[nn.Module], num_layers: int, num_inputs: int, unroll: int
+) -> type[nn.Module]:
   """A scan over layers whose parameters are stacked on a first axis `layers`.
 
   Args:
     layer: a module with `__call__(x, *inputs, is_training) -> (x, None)`.
     num_layers: how many.
     num_inputs: how many inputs each layer gets as they are.
+    unroll: how many layers an iteration goes through.
   """
   return nn.scan(
       layer,
@@ -51,6 +61,7 @@ def stack_layers(layer: type[nn.Module], num_layers: int, num_inputs: int) -> ty
       split_rngs={"params": True, "dropout": True},
       in_axes=(nn.broadcast,) * (num_inputs + 1),
       length=num_layers,
+      unroll=unroll,
       metadata_params={nn.PARTITION_NAME: "layers"},
   )
 
@@ -77,8 +88,8 @@ class Encoder(nn.Module):
     config = self.config
     position = jnp.arange(x.shape[1])[None, :]
     bias = RelativePositionBias(config, True, name="relpos_bias")(position, position)
-    bias = mask_bias(bias, mask[:, None, None, :] if mask.ndim == 2 else mask[:, None])
+    mask = mask[:, None, None, :] if mask.ndim == 2 else mask[:, None]
     drop = nn.Dropout(config.dropout_rate, broadcast_dims=(-2,), deterministic=not is_training)
-    stack = stack_layers(EncoderLayer, config.num_encoder_layers, 1)
-    x, _ = stack(config, self.partitioning, name="layers")(drop(x), bias, is_training)
+    stack = stack_layers(EncoderLayer, config.num_encoder_layers, 2, config.scan_unroll)
+    x, _ = stack(config, self.partitioning, name="layers")(drop(x), bias, mask, is_training)
     return drop(RMSNorm(config, name="norm")(x))

@@ -59,8 +59,14 @@ class RMSNorm(nn.Module):
 
 
 def project(x: Array, kernel: Array, is_view: bool) -> Array:
-  """[..., in] -> [..., out], by a kernel [in, out], or [out, in] in the view."""
-  return jnp.einsum("...i,oi->...o" if is_view else "...i,io->...o", x, kernel)
+  """[..., in] -> [..., out], by a kernel [in, out], or [out, in] in the view.
+
+  Rows are joined first: on a CPU the gradient of a kernel takes three times as
+  long where two axes are summed over.
+  """
+  rows = x.reshape(-1, x.shape[-1])
+  out = jnp.einsum("ni,oi->no" if is_view else "ni,io->no", rows, kernel)
+  return out.reshape(*x.shape[:-1], out.shape[-1])
 
 
 def relpos_bucket_table(num_buckets: int, max_distance: int) -> np.ndarray:
@@ -260,7 +266,8 @@ class FeedForward(nn.Module):
       fused = fused.reshape(x.shape[:2] + (config.d_ff, 2))
       hidden = act(fused[..., 0]) * fused[..., 1]
     elif config.is_gated:
-      hidden = act(x @ kernel("wi_0", shape, names)) * (x @ kernel("wi_1", shape, names))
+      hidden = act(project(x, kernel("wi_0", shape, names), is_view=False))
+      hidden = hidden * project(x, kernel("wi_1", shape, names), is_view=False)
     else:
       hidden = act(project(x, kernel("wi", shape, names), self.is_view))
     hidden = self.partitioning.constrain(hidden, ("batch", "length", "mlp"))
