@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from rich.progress import Progress
 
-from bpd_jax import benchmark
-from bpd_jax.benchmark import add_heads, measure, Options, Spread, summarise
+from bpd_jax.benchmark import decode as benchmark
+from bpd_jax.benchmark.decode import add_heads, measure, Options, summarise
+from bpd_jax.benchmark.engines import Spread
+from bpd_jax.benchmark.train import measure_training, TrainOptions
 from bpd_jax.errors import InputError
 from bpd_jax.model.config import ModelConfig
 
@@ -133,3 +135,16 @@ def test_bad_input_ends_with_status_2():
     )
     assert done.returncode == 2 and done.stdout == ""
     assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith(message)
+
+
+def test_training_engines_begin_with_the_same_loss():
+  pytest.importorskip("torch")
+  options = TrainOptions(
+      batch_size=2, input_length=9, output_length=5, block_size=3, repeats=2, threads=1
+  )
+  with Progress(disable=True) as progress:
+    engines = measure_training(CONFIG.replace(block_size=1), options, progress)["engines"]
+  assert list(engines) == ["bpd_jax", "bpd_jax, 3 heads", "transformers"]
+  losses = [engine["loss"] for engine in engines.values()]
+  assert max(losses) - min(losses) < 1e-4 and losses[0] > 3
+  assert all(len(engine["seconds"]) == 2 for engine in engines.values())

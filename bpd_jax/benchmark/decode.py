@@ -13,15 +13,10 @@ is slower for both. Compilation and warm-up are left out, waiting for the last
 result isn't.
 """
 
-import argparse
 from collections.abc import Callable, Sequence
 import dataclasses
 import functools
-import importlib.metadata
-import importlib.util
 import json
-import multiprocessing
-import os
 from pathlib import Path
 import statistics
 import tempfile
@@ -31,14 +26,21 @@ from typing import Any
 import jax
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 from rich.table import Table
 
 from bpd_jax import generation
+from bpd_jax.benchmark.engines import (
+    missing_packages,
+    PACKAGES,
+    PAUSE_SECONDS,
+    quiet_transformers,
+    Spread,
+    Worker,
+)
 from bpd_jax.errors import InputError
 from bpd_jax.generation import DecodeSettings
 from bpd_jax.interchange.huggingface import export_model
-from bpd_jax.launch import run
 from bpd_jax.model.config import ModelConfig
 from bpd_jax.model.model import decode_view, EncoderDecoder, init_params
 from bpd_jax.partitioning import single_device
@@ -46,17 +48,6 @@ from bpd_jax.partitioning import single_device
 BLOCK_SIZE = 8
 # Calls that a timing of one width makes.
 NUM_CALLS = 32
-# The OpenMP threads of the other engines spin for up to 0.2 s after their last
-# task; whoever runs next would share the cores with them.
-PAUSE_SECONDS = 0.3
-PACKAGES = {
-    "transformers": ("torch", "transformers"),
-    "ctranslate2": ("ctranslate2", "torch", "transformers"),
-}
-
-# A narrower console would break figures over lines.
-TABLE_WIDTH = 110
-
 VOCABULARY_FILE = "shared_vocabulary.json"
 
 # [batch, input length] int32 -> [batch, output length] int32, and its seconds.
@@ -162,56 +153,12 @@ def random_params(config: ModelConfig, seed: int = 0) -> Any:
   return params
 
 
-class Worker:
-  """An engine in a process of its own; a call sends the inputs and waits.
-
-  The process is a fresh one, with the cores and the environment of this one.
-  """
-
-  def __init__(self, load: Callable[..., Run], *args: Any):
-    context = multiprocessing.get_context("spawn")
-    self._pipe, end = context.Pipe()
-    self._process = context.Process(target=_serve, args=(end, load, args), daemon=True)
-    self._process.start()
-    end.close()
-    self._receive()
-
-  def __call__(self, inputs: np.ndarray) -> tuple[np.ndarray, float]:
-    self._pipe.send(inputs)
-    return self._receive()
-
-  def close(self) -> None:
-    """Ends the process."""
-    self._pipe.close()
-    self._process.join()
-
-  def _receive(self) -> Any:
-    answer = self._pipe.recv()
-    if isinstance(answer, Exception):
-      raise answer
-    return answer
-
-
-def _serve(pipe: Any, load: Callable[..., Run], args: Sequence[Any]) -> None:
-  """The body of a worker: loads, then answers until the pipe closes."""
-  try:
-    run = load(*args)
-    pipe.send(None)
-    while True:
-      pipe.send(run(pipe.recv()))
-  except EOFError:
-    pass
-  except Exception as error:
-    pipe.send(error)
-
-
 def load_transformers(folder: Path, options: Options) -> Run:
   """transformers on PyTorch: `generate` with its cache, greedy."""
   import torch
   import transformers
 
-  transformers.logging.set_verbosity_error()
-  transformers.logging.disable_progress_bar()
+  quiet_transformers()
   torch.set_num_threads(options.threads)
   model = transformers.T5ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
   model.eval()
@@ -246,6 +193,7 @@ def load_ctranslate2(source: Path, options: Options, compute_type: str) -> Run:
   """CTranslate2, greedy, from a folder that its own converter makes of transformers'."""
   import ctranslate2
 
+  quiet_transformers()
   folder = source.with_name(f"ctranslate2_{compute_type}")
   ctranslate2.converters.TransformersConverter(str(source)).convert(str(folder))
   make_words_distinct(folder / VOCABULARY_FILE)
@@ -282,9 +230,8 @@ def load_peers(
     say: gets one line for each engine that is left out.
   """
   workers: dict[str, Worker] = {}
-  for name, packages in PACKAGES.items():
-    missing = [package for package in packages if importlib.util.find_spec(package) is None]
-    if missing:
+  for name in PACKAGES:
+    if missing := missing_packages(name):
       say(f"{name} is left out: {', '.join(missing)} not installed (extra bench)")
       continue
     if not (folder / "transformers").exists():
@@ -494,30 +441,6 @@ def read_seconds(leaves: list[jax.Array], times: int = 10) -> float:
   return statistics.median(seconds)
 
 
-@dataclasses.dataclass(frozen=True)
-class Spread:
-  """Median, least and largest of some repeats."""
-
-  median: float
-  low: float
-  high: float
-
-  @classmethod
-  def of(cls, values: Sequence[float]) -> "Spread":
-    """Of any numbers, at least one."""
-    return cls(statistics.median(values), min(values), max(values))
-
-  @classmethod
-  def ratio(cls, above: Sequence[float], below: Sequence[float]) -> "Spread":
-    """Of the ratios of two series, repeat by repeat."""
-    return cls.of([a / b for a, b in zip(above, below, strict=True)])
-
-  def text(self, digits: int) -> str:
-    """As in a table: median (least–largest)."""
-    median, low, high = (f"{x:,.{digits}f}" for x in (self.median, self.low, self.high))
-    return f"{median} ({low}–{high})"
-
-
 def summarise(record: dict[str, Any]) -> dict[str, Any]:
   """What the tables print, from the raw figures of one batch size.
 
@@ -607,93 +530,3 @@ def print_report(console: Console, record: dict[str, Any], options: Options) -> 
         f"{Spread.of(floor['milliseconds']).text(2)} ms; "
         f"a greedy call takes {summary['floor'][name].text(2)} times as long"
     )
-
-
-def describe_machine(threads: int) -> dict[str, Any]:
-  """The processor, its cores in use, and the versions that count."""
-  names = [
-      line.partition(":")[2].strip()
-      for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-      if line.startswith("model name")
-  ]
-  versions = {}
-  for package in ("jax", "jaxlib", "flax", "torch", "transformers", "ctranslate2"):
-    if importlib.util.find_spec(package) is not None:
-      versions[package] = importlib.metadata.version(package)
-  return {"processor": names[0] if names else "unknown", "threads": threads, "versions": versions}
-
-
-def pin_cores(threads: int) -> None:
-  """Leaves this process `threads` cores; to be called before JAX starts.
-
-  XLA makes as many threads as there are cores to run on; no option sets them.
-
-  Raises:
-    InputError: where there are fewer cores, or no way to choose them.
-  """
-  if not hasattr(os, "sched_setaffinity"):
-    raise InputError("threads", threads, "used on Linux only, where cores can be chosen")
-  cores = sorted(os.sched_getaffinity(0))
-  if threads > len(cores):
-    raise InputError("threads", threads, f"1 … {len(cores)}, the cores of this machine")
-  os.sched_setaffinity(0, cores[:threads])
-  jax.config.update("jax_platforms", "cpu")
-
-
-def main(argv: Sequence[str]) -> None:
-  """Measures; see `--help`."""
-  parser = argparse.ArgumentParser(
-      prog="python -m bpd_jax.benchmark", description=__doc__.splitlines()[0]
-  )
-  commands = parser.add_subparsers(dest="command", required=True)
-  decode = commands.add_parser("decode", help="greedy and blockwise decoding")
-  fields = {field.name: field.default for field in dataclasses.fields(Options)}
-  for name, text in (("batch_sizes", "rows decoded together"), ("widths", "nodes of a call")):
-    default = " ".join(map(str, fields[name]))
-    decode.add_argument(
-        f"--{name.replace('_', '-')}", type=int, nargs="+", metavar="N", default=fields[name],
-        help=f"{text} (default {default})",
-    )
-  for name, text in (
-      ("repeats", "timed runs of everything"), ("input_length", "tokens of a prompt"),
-      ("output_length", "tokens of an output"), ("threads", "cores of every engine"),
-  ):
-    decode.add_argument(
-        f"--{name.replace('_', '-')}", type=int, metavar="N", default=fields[name],
-        help=f"{text} (default {fields[name]})",
-    )
-  decode.add_argument("--json", metavar="FILE", help="also write the raw figures here")
-  args = vars(parser.parse_args(argv))
-  args.pop("command")
-  file = args.pop("json")
-  options = Options(**{
-      name: tuple(value) if isinstance(value, list) else value for name, value in args.items()
-  })
-  if file is not None and not Path(file).resolve().parent.is_dir():
-    raise InputError("json", file, "a file in a folder that exists")
-  pin_cores(options.threads)
-  config = ModelConfig(block_size=BLOCK_SIZE)
-  machine = describe_machine(options.threads)
-  console = Console()
-  console.width = max(console.width, TABLE_WIDTH)
-  console.print(
-      f"{machine['processor']}, {options.threads} threads; {config.dtype}; "
-      + ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-  )
-  columns = (
-      TextColumn("{task.description:28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-  )
-  with Progress(*columns, console=console, transient=True) as progress:
-    records = measure(config, options, progress, console.print)
-  for record in records:
-    print_report(console, record, options)
-  if file is not None:
-    figures = {
-        "machine": machine, "model": config.to_dict(), "options": dataclasses.asdict(options),
-        "batches": records,
-    }
-    Path(file).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-
-
-if __name__ == "__main__":
-  run(main)

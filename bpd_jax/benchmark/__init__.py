@@ -1,0 +1,1 @@
+"""How fast this machine decodes and trains, beside other engines; see docs/benchmark.md."""

@@ -1,0 +1,93 @@
+"""The command `python -m bpd_jax.benchmark`."""
+
+import argparse
+from collections.abc import Sequence
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from bpd_jax.benchmark.decode import BLOCK_SIZE, measure, Options, print_report
+from bpd_jax.benchmark.engines import describe_machine, pin_cores, TABLE_WIDTH
+from bpd_jax.benchmark.train import measure_training, print_training_report, TrainOptions
+from bpd_jax.errors import InputError
+from bpd_jax.launch import run
+from bpd_jax.model.config import ModelConfig
+
+HELP = {
+    "batch_size": "rows of a step",
+    "batch_sizes": "rows decoded together",
+    "block_size": "h of the model with heads",
+    "input_length": "tokens of a row's inputs",
+    "output_length": "tokens of a row's outputs",
+    "repeats": "timed runs of everything",
+    "threads": "cores of every engine",
+    "widths": "nodes of a call",
+}
+COMMANDS = {
+    "decode": (Options, "greedy and blockwise decoding"),
+    "train": (TrainOptions, "training steps, without and with parallel heads"),
+}
+
+
+def main(argv: Sequence[str]) -> None:
+  """Measures; see `--help`."""
+  parser = argparse.ArgumentParser(
+      prog="python -m bpd_jax.benchmark",
+      description="Times decoding or training on this machine's CPU, beside other engines.",
+  )
+  commands = parser.add_subparsers(dest="command", required=True)
+  for command, (options_class, text) in COMMANDS.items():
+    sub = commands.add_parser(command, help=text)
+    for field in dataclasses.fields(options_class):
+      is_list = isinstance(field.default, tuple)
+      shown = " ".join(map(str, field.default)) if is_list else field.default
+      sub.add_argument(
+          f"--{field.name.replace('_', '-')}", type=int, metavar="N", default=field.default,
+          nargs="+" if is_list else None, help=f"{HELP[field.name]} (default {shown})",
+      )
+    sub.add_argument("--json", metavar="FILE", help="also write the raw figures here")
+  args: dict[str, Any] = vars(parser.parse_args(argv))
+  command, file = args.pop("command"), args.pop("json")
+  options = COMMANDS[command][0](**{
+      name: tuple(value) if isinstance(value, list) else value for name, value in args.items()
+  })
+  if file is not None and not Path(file).resolve().parent.is_dir():
+    raise InputError("json", file, "a file in a folder that exists")
+  pin_cores(options.threads)
+  config = ModelConfig(block_size=BLOCK_SIZE if command == "decode" else 1)
+  # As a CPU trains fastest.
+  config = config if command == "decode" else config.replace(scan_unroll=config.num_encoder_layers)
+  machine = describe_machine(options.threads)
+  console = Console()
+  console.width = max(console.width, TABLE_WIDTH)
+  console.print(
+      f"{machine['processor']}, {options.threads} threads; {config.dtype}; "
+      + ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+  )
+  columns = (
+      TextColumn("{task.description:28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+  )
+  with Progress(*columns, console=console, transient=True) as progress:
+    if command == "decode":
+      figures = {"batches": measure(config, options, progress, console.print)}
+    else:
+      figures = measure_training(config, options, progress, console.print)
+  if command == "decode":
+    for record in figures["batches"]:
+      print_report(console, record, options)
+  else:
+    print_training_report(console, figures, options)
+  if file is not None:
+    figures = {
+        "machine": machine, "model": config.to_dict(), "options": dataclasses.asdict(options),
+        **figures,
+    }
+    Path(file).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+  run(main)
