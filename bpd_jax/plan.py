@@ -23,7 +23,6 @@ from typing import Any
 import gin
 import jax
 import jax.numpy as jnp
-import optax
 from rich.console import Console
 from rich.table import Table
 
@@ -34,6 +33,8 @@ from bpd_jax.launch import read_gin, run
 from bpd_jax.model.config import ModelConfig
 from bpd_jax.model.model import abstract_params, decode_view, EncoderDecoder
 from bpd_jax.partitioning import make_partitioning, Partitioning
+from bpd_jax.training.optimizer import Optimizer
+from bpd_jax.training.step import Step
 
 # libtpu reads these when it is loaded. They keep it from looking for TPUs, and
 # let several processes on a machine compile at once.
@@ -239,37 +240,6 @@ def plan_call(
   return Call(flops, traffic, max(flops / chip.flops, traffic / chip.bandwidth))
 
 
-def training_loss(model: EncoderDecoder, params: Any, inputs: jax.Array, targets: jax.Array):
-  """Sum over the heads of their mean cross-entropies.
-
-  Args:
-    model: with stored parameters.
-    params: the parameters.
-    inputs: [batch, input length] int32.
-    targets: [batch, length] int32; padding doesn't count.
-
-  Returns:
-    [] of `accum_dtype`.
-  """
-  apply = functools.partial(model.apply, {"params": params})
-  pad = model.config.pad_id
-  mask = inputs != pad
-  encoded = apply(inputs, mask, method="encode")
-  shifted = jnp.pad(targets, ((0, 0), (1, 0)), constant_values=pad)[:, :-1]
-  hidden = apply(encoded, mask, shifted, method="decode")
-
-  def cross_entropy(logits, targets):
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-    return jnp.mean(losses, where=targets != pad)
-
-  loss = cross_entropy(apply(hidden, method="logits"), targets)
-  if model.config.block_size > 1:
-    logits = apply(hidden, method="head_logits")
-    for i in range(1, model.config.block_size):
-      loss += cross_entropy(logits[:, :-i, i - 1], targets[:, i:])
-  return loss
-
-
 def collectives(hlo: str) -> dict[str, tuple[int, int]]:
   """Counts the collectives of a compiled program by kind.
 
@@ -363,18 +333,23 @@ def training_program(
     config: ModelConfig, partitioning: Partitioning, batch_size: int, input_length: int,
     output_length: int,
 ) -> Program:
-  """Compiles the loss and its gradients, which lie as the parameters do."""
+  """Compiles the loss of all heads and its gradients, which lie as the parameters do."""
   place = functools.partial(_array, partitioning)
-  params = abstract_params(config, partitioning)
-  model = EncoderDecoder(config, partitioning)
+  step = Step(config, partitioning, Optimizer())
+  params = step.abstract_state.params
+  rows = lambda length: place((batch_size, length), jnp.int32, "batch", "length")
+  batch = {
+      f"{side}_{name}": rows(length)
+      for side, length, names in (
+          ("encoder", input_length, ("input_tokens", "segment_ids")),
+          ("decoder", output_length, ("input_tokens", "target_tokens", "segment_ids")),
+      )
+      for name in names
+  }
   return compile_program(
-      "forward-backward",
-      jax.value_and_grad(functools.partial(training_loss, model)),
-      params,
-      place((batch_size, input_length), jnp.int32, "batch", "length"),
-      place((batch_size, output_length), jnp.int32, "batch", "length"),
+      "forward-backward", step.gradients, params, batch, jax.eval_shape(jax.random.key, 0),
       out_shardings=(
-          partitioning.sharding(()), jax.tree.map(lambda leaf: leaf.sharding, params)
+          jax.tree.map(lambda leaf: leaf.sharding, params), partitioning.sharding(())
       ),
   )
 

@@ -1,6 +1,5 @@
 """The plan: its arithmetic by hand, its bad input, and base on a TPU v5e 4x4."""
 
-import functools
 import json
 from pathlib import Path
 import re
@@ -146,41 +145,6 @@ def test_collectives_count_once_a_channel():
   assert planning.collectives(hlo) == {"all-gather": (2, 64 + 32), "all-reduce": (2, 15 + 6)}
 
 
-def test_training_loss_is_the_heads_mean_cross_entropies():
-  config = CONFIG.replace(dtype="float32", vocab_size=12)
-  params = init_params(config, single_device(), jax.random.key(0))
-  random = np.random.default_rng(0)
-  params["heads"]["w2"] = jnp.asarray(random.normal(size=[2, 5, 4]), jnp.float32)
-  inputs = jnp.asarray([[3, 4, 5, 1], [7, 1, 0, 0]])
-  targets = np.asarray([[5, 6, 7, 8, 1], [9, 2, 1, 0, 0]])
-  model = EncoderDecoder(config, single_device())
-  found = jax.jit(functools.partial(planning.training_loss, model))(
-      params, inputs, jnp.asarray(targets)
-  )
-
-  @jax.jit
-  def all_logits(params):
-    apply = functools.partial(model.apply, {"params": params})
-    mask = inputs != 0
-    shifted = jnp.asarray([[0, 5, 6, 7, 8], [0, 9, 2, 1, 0]])
-    hidden = apply(apply(inputs, mask, method="encode"), mask, shifted, method="decode")
-    base = apply(hidden, method="logits")[:, :, None]
-    return jnp.concatenate([base, apply(hidden, method="head_logits")], axis=2)
-
-  logits = np.asarray(all_logits(params), np.float64)
-  expected = 0
-  for head in range(3):
-    losses = []
-    for row in range(2):
-      for position in range(5 - head):
-        target = targets[row, position + head]
-        if target:
-          scores = logits[row, position, head]
-          losses.append(np.log(np.exp(scores).sum()) - scores[target])
-    expected += np.mean(losses)
-  np.testing.assert_allclose(found, expected, rtol=1e-5)
-
-
 @pytest.mark.parametrize("field, value, size", [
     ("vocab_size", 9, 2), ("d_model", 5, 2), ("d_ff", 7, 2), ("num_heads", 3, 2),
     ("head_d_ff", 5, 2),
@@ -319,11 +283,14 @@ def test_base_fits_a_v5e(base):
   assert programs["forward-backward"]["outputs"] == pytest.approx(
       expected["forward-backward"], rel=0.01
   )
-  # Another cache fits no temporaries of the blockwise loop. Greedy's lays its
-  # caches out anew before the loop, and each layer's `wi` as well.
+  # Before the loop caches are laid out anew, and each layer's `wi`; in it nothing
+  # moves a cache, see below.
   cache = 2 * 12 * 2 * 4 * 6 * 256 * 64
-  assert programs["blockwise"]["temporaries"] < cache
-  assert programs["greedy"]["temporaries"] < 2.5 * cache
+  assert programs["blockwise"]["temporaries"] < 2 * cache
+  assert programs["greedy"]["temporaries"] < 2 * cache
+  # The logits of one head at a time, not of 8: 32 / 8 rows, half of the vocabulary.
+  one_head = 4 * 4 * 128 * 32128 / 2
+  assert programs["forward-backward"]["temporaries"] < 2.2e9 + 3 * one_head
 
 
 def read_hlo(text: str) -> tuple[dict[str, list[str]], str]:
@@ -364,7 +331,7 @@ def test_base_moves_no_cache(base, name, slots):
   memory to the other, S(1) being the chip's. A copy within a memory is none.
   """
   lines = loop_lines((base[0] / f"{name}.hlo").read_text())
-  cache = re.compile(rf"\[\d+,\d+,{slots},64\]")
+  cache = re.compile(rf"\[\d+,\d+,(?:{slots},64|64,{slots})\]")
   shapes = {}
   for line in lines:
     if found := re.match(r"(?:ROOT )?%([\w.-]+) = (.*?) ([a-z][a-z-]*)\(", line):
