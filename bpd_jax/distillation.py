@@ -86,7 +86,7 @@ def distil(
       parts.append(
           write_cache(
               path, pairs(examples[start : start + PART]), task=dataset.name, split="greedy",
-              vocabulary=generator.vocabulary,
+              vocabulary=generator.vocabulary, vocab_size=generator.config.vocab_size,
           )
       )
   return Joined(parts)

@@ -81,6 +81,7 @@ def write_cache(
     task: str,
     split: str,
     vocabulary: Vocabulary,
+    vocab_size: int | None = None,
 ) -> TokenCache:
   """Writes examples in their order.
 
@@ -90,6 +91,8 @@ def write_cache(
     task: whose examples these are.
     split: of the task.
     vocabulary: whose ids these are.
+    vocab_size: ids that may occur; the vocabulary's by default. A model may write
+      some that it has beyond.
 
   Returns:
     The cache, open.
@@ -98,7 +101,8 @@ def write_cache(
     InputError: where the folder exists or can't be written, an id isn't the
       vocabulary's, or there are no examples.
   """
-  dtype = np.dtype(np.uint16 if vocabulary.size <= 1 << 16 else np.int32)
+  vocab_size = vocab_size or vocabulary.size
+  dtype = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.int32)
   digest, ends, end = hashlib.sha256(), [], 0
   with new_folder(folder) as partial:
     try:
@@ -106,10 +110,10 @@ def write_cache(
         chunk: list[int] = []
 
         def flush():
-          if chunk and not 0 <= min(chunk) <= max(chunk) < vocabulary.size:
+          if chunk and not 0 <= min(chunk) <= max(chunk) < vocab_size:
             raise InputError(
                 f"{task}.{split} token", f"{min(chunk)} … {max(chunk)}",
-                f"0 … {vocabulary.size - 1}, the vocabulary's ids",
+                f"0 … {vocab_size - 1}, the vocabulary's ids",
             )
           data = np.asarray(chunk, dtype).tobytes()
           digest.update(data)
@@ -135,7 +139,7 @@ def write_cache(
           "num_tokens": end,
           "dtype": dtype.name,
           "vocabulary": vocabulary.fingerprint,
-          "vocab_size": vocabulary.size,
+          "vocab_size": vocab_size,
           "fingerprint": digest.hexdigest()[:16],
       })
     except OSError as error:
