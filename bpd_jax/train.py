@@ -11,6 +11,7 @@ gets `model/`, ready for evaluate and decode; `checkpoints/`; `metrics.jsonl` an
 from collections.abc import Mapping, Sequence
 import dataclasses
 import functools
+import logging
 from pathlib import Path
 import sys
 from typing import Any
@@ -337,6 +338,8 @@ def cached_states(
 def main(argv: Sequence[str]) -> int:
   """Trains as gin says; see `--help`."""
   read_gin(argv, "python -m bpd_jax.train", __doc__.splitlines()[0], train)
+  # Orbax logs whole tracebacks of what it raises as well, and is said in one line.
+  logging.getLogger("absl").addFilter(lambda record: record.levelno < logging.ERROR)
   try:
     train()
   except TrainingError as error:
