@@ -29,9 +29,10 @@ test-slow: install
 mutate: install
 	$(BIN)/python tests/mutate.py
 
-# Decoding beside transformers and CTranslate2; see docs/benchmark.md. Wants an idle machine.
+# Beside transformers and CTranslate2; see docs/benchmark.md. Wants an idle machine.
 benchmark: install
 	$(BIN)/python -m bpd_jax.benchmark decode
+	$(BIN)/python -m bpd_jax.benchmark train
 
 lint: install
 	$(BIN)/ruff check .
