@@ -35,11 +35,16 @@ def run(
   except InputError as error:
     # What libraries had begun when they failed isn't reported as well.
     sys.unraisablehook = lambda unraisable: None
-    # Gin says in which function the error was, which is nothing to a user.
-    message = re.sub(r"\n *In call to configurable .*", "", str(error))
-    print(f"error: {one_line(message)}", file=sys.stderr)
+    print_error(error)
     status = 2
   sys.exit(status)
+
+
+def print_error(error: Exception) -> None:
+  """Says on one line of standard error what went wrong."""
+  # Gin adds in which function that was, which is nothing to a user.
+  message = re.sub(r"\n *In call to configurable .*", "", str(error))
+  print(f"error: {one_line(message)}", file=sys.stderr)
 
 
 def one_line(error: Exception | str) -> str:

@@ -13,7 +13,6 @@ import dataclasses
 import functools
 import logging
 from pathlib import Path
-import sys
 from typing import Any
 
 import gin
@@ -37,7 +36,7 @@ from bpd_jax.errors import check_count, InputError
 from bpd_jax.evaluation.validation import Evaluation, metric_names, Validation
 from bpd_jax.folders import write_object
 from bpd_jax.generation import Generator
-from bpd_jax.launch import read_gin, run
+from bpd_jax.launch import print_error, read_gin, run
 from bpd_jax.model.config import ModelConfig
 from bpd_jax.model.model import init_params
 from bpd_jax.partitioning import Partitioning, single_device
@@ -343,7 +342,7 @@ def main(argv: Sequence[str]) -> int:
   try:
     train()
   except TrainingError as error:
-    print(f"error: {error}", file=sys.stderr)
+    print_error(error)
     return 1
   return 0
 

@@ -1,5 +1,6 @@
 """The loop of a run: stopped anywhere, it ends where an undisturbed one ends."""
 
+import functools
 import io
 import json
 import os
@@ -76,6 +77,11 @@ class Scripted:
     return {"validation/loss": self.figures.get(step, 9.0)}
 
 
+@functools.cache
+def initial_params():
+  return jax.device_get(init_params(CONFIG, single_device(), jax.random.key(0)))
+
+
 def train(workdir, step, source=None, evaluate=None, num_steps=STEPS, params=None, **schedule):
   schedule = {
       "log_every": 3, "save_every": 3, "evaluate_every": 4, "best_metric": "validation/loss",
@@ -83,7 +89,7 @@ def train(workdir, step, source=None, evaluate=None, num_steps=STEPS, params=Non
   }
   return train_steps(
       workdir, step, source or Source(), Schedule(num_steps, **schedule),
-      lambda: params or init_params(CONFIG, single_device(), jax.random.key(0)), seed=5,
+      lambda: jax.tree.map(jnp.array, params or initial_params()), seed=5,
       evaluate=evaluate or Scripted(), display=Display(num_steps, Console(file=io.StringIO())),
   )
 
@@ -251,9 +257,10 @@ def test_loss_that_is_not_finite_names_step_and_checkpoint(step, tmp_path):
 
 
 def test_parameters_that_are_not_finite_are_not_saved(step, tmp_path):
-  params = init_params(CONFIG, single_device(), jax.random.key(0))
   # Of a token that doesn't occur, so that the loss is fine.
-  params["embedding"] = params["embedding"].at[39].set(jnp.inf)
+  embedding = initial_params()["embedding"].copy()
+  embedding[39] = np.inf
+  params = initial_params() | {"embedding": embedding}
   message = "parameters that aren't finite at step 1; there is no checkpoint before it"
   with pytest.raises(TrainingError, match=message):
     train(tmp_path, step, params=params, save_every=1)

@@ -96,6 +96,15 @@ def run(argv, main=train.main):
     gin.clear_config()
 
 
+def error_of(argv, capsys):
+  """Runs a command that must end with status 2; the only line on standard error."""
+  capsys.readouterr()
+  assert run(argv) == 2
+  lines = capsys.readouterr().err.splitlines()
+  assert len(lines) == 1 and lines[0].startswith("error: "), lines
+  return lines[0].removeprefix("error: ")
+
+
 def start(argv, module="bpd_jax.train", **options):
   """Starts a command in a process of its own."""
   options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options}

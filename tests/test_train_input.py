@@ -1,0 +1,151 @@
+"""Bad input of `python -m bpd_jax.train`: one line, before anything is compiled or written."""
+
+import re
+import shutil
+
+from jax import monitoring
+import pytest
+from train_runs import (
+  arguments,
+  compilation_cache_in,
+  cut,
+  error_of,
+  write_rows,
+)
+
+from bpd_jax.data.token_cache import write_cache
+from bpd_jax.errors import InputError
+from bpd_jax.train import run_vocabulary
+from bpd_jax.vocabulary import open_vocabulary
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled(tmp_path_factory):
+  with compilation_cache_in(tmp_path_factory.mktemp("compiled")):
+    yield
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("rows")
+  write_rows(folder)
+  return folder
+
+
+def text(line):
+  return lambda path: path.write_text('{"inputs": "a", "targets": "b"}\n' + line)
+
+
+def joint(rows, workdir, **options):
+  return arguments(rows, workdir, **{"STEPS": 3, **options})
+
+
+VALUES = {
+    "a macro that there isn't": (
+        ["--gin.STEP=3"], r"gin macro STEP = '3': allowed is one of \['BATCH_SIZE', 'BEST"),
+    "a parameter that there isn't": (
+        ["--gin.train.width=3"], r"gin = 'train\.width = 3': allowed is what gin understands"),
+    "a task that there isn't": (
+        ["--gin.TRAIN_TASKS=[@NoTask()]"], "gin = 'TRAIN_TASKS = .*No configurable matching"),
+    "a required macro": (
+        ["--gin.STEPS=%gin.REQUIRED"], "gin macro STEPS = 'required': allowed is a value: --g"),
+    "another mode": (["--gin.train.mode='both'"], r"train\.mode = 'both': allowed is one of \("),
+    "a mode that needs a checkpoint": (
+        ["--gin.train.mode='distill'"], r"train\.checkpoint = None: allowed is a model folder in"),
+    "both ways to start": (
+        ["--gin.train.checkpoint='x'"], r"train\.config = 'both': allowed is a config, or else"),
+    "no rows in a batch": (["--gin.BATCH_SIZE=0"], r"train\.batch_size = 0: allowed is a positive"),
+    "a text for a number": (["--gin.BATCH_SIZE='4'"], r"train\.batch_size = '4': allowed is a pos"),
+    "a batch in five parts": (["--gin.MICROBATCHES=5"], "batch_size = 4: allowed is a multiple of"),
+    "no parts": (["--gin.MICROBATCHES=0"], r"train\.num_microbatches = 0: allowed is a positive"),
+    "no room": (["--gin.TARGET_LENGTH=0"], r"train\.target_length = 0: allowed is a positive int"),
+    "no steps": (["--gin.STEPS=0"], r"Schedule\.num_steps = 0: allowed is a positive integer"),
+    "a learning rate in words": (
+        ["--gin.LEARNING_RATE='high'"], r"Optimizer\.learning_rate = 'high': allowed is a posit"),
+    "all dropped": (["--gin.DROPOUT_RATE=1"], r"ModelConfig\.dropout_rate = 1: allowed is from 0"),
+    "two rates": (["--gin.RATES=[1, 2]"], r"rates = \[1, 2\]: allowed is 1 positive numbers"),
+    "no tasks": (["--gin.TRAIN_TASKS=[]"], r"train\.tasks = \[\]: allowed is at least one task"),
+    "a task twice": (
+        ["--gin.VALIDATION_TASKS=[@validation/JsonlTask(), @validation/JsonlTask()]"],
+        r"Validation\.tasks = \['rows.validation', .*names that differ"),
+    "no field for targets": (["--gin.TARGETS=None"], "JsonlTask rows targets = None: allowed is"),
+    "a metric that there isn't": (
+        ["--gin.BEST_METRIC='loss'"],
+        r"Schedule\.best_metric = 'loss': allowed is one of \['validation/loss', '"),
+    "evaluations of nothing": (
+        ["--gin.train.validation=None"], r"Schedule\.evaluate_every = 2000: allowed is none"),
+    "no such vocabulary": (
+        ["--gin.VOCABULARY='x'"], "vocabulary = 'x': allowed is a SentencePiece model file"),
+    "a larger vocabulary": (
+        ["--gin.VOCABULARY='bpd_jax/data/files/docstrings.model'"],
+        r".*docstrings\.model size = 3996: allowed is at most 260, the model's vocab_size"),
+    "more devices": (["--gin.DATA_PARALLEL=64"], r"mesh = \(64, 1, 1\): allowed is sizes whose"),
+}
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_bad_values_are_named_before_anything_is_written(rows, tmp_path, capsys, name):
+  options, message = VALUES[name]
+  assert re.match(message, error_of(joint(rows, tmp_path / "a/run") + options, capsys))
+  assert not (tmp_path / "a/run").exists()
+
+
+def test_a_file_of_tasks_that_was_left_out(rows, tmp_path, capsys):
+  is_task = re.compile(r"--gin_file=gin/tasks|--gin\.(ROWS|VALIDATION_ROWS|VOCABULARY)=").match
+  argv = [option for option in joint(rows, tmp_path / "run") if not is_task(option)]
+  message = "gin macro RATES = 'absent': allowed is a value, from a file that sets it"
+  assert error_of(argv, capsys) == message
+  message = "gin train.workdir = 'absent': allowed is a value, from a --gin_file of gin/runs"
+  assert error_of([], capsys) == message
+
+
+@pytest.mark.parametrize("which", ["train", "validation"])
+@pytest.mark.parametrize("write, message", [
+    (text("{\n"), r"{path}:2 = '\{': allowed is JSON \("),
+    (text('{"inputs": "a"}\n'), "{path}:2 targets = None: allowed is a text"),
+    (text('{"inputs": 1, "targets": "b"}\n'), "{path}:2 inputs = 1: allowed is a text"),
+    (lambda path: path.write_text("\n"), "file = '{path}': allowed is at least one row"),
+    (lambda path: path.write_bytes(b"\xff"), "JsonlTask rows path = '{path}': allowed is a UTF-8"),
+    (lambda path: path.unlink(), "JsonlTask rows path = '{path}': allowed is a file that can be"),
+])
+def test_bad_rows_are_named_by_file_and_line(rows, tmp_path, capsys, which, write, message):
+  shutil.copytree(rows, tmp_path / "rows")
+  path = tmp_path / f"rows/{which}.jsonl"
+  write(path)
+  argv = joint(tmp_path / "rows", tmp_path / "run")
+  assert re.match(message.replace("{path}", re.escape(str(path))), error_of(argv, capsys))
+  # So that the corrected file can be trained on in the same folder.
+  assert not (tmp_path / "run").exists()
+
+
+def test_nothing_is_compiled_for_bad_input(rows, tmp_path, capsys):
+  compiled = []
+  listen = lambda name, *args, **kwargs: (
+      compiled.append(name) if "backend_compile" in name else None
+  )
+  monitoring.register_event_duration_secs_listener(listen)
+  try:
+    error_of(joint(rows, tmp_path / "run", ROWS=str(tmp_path / "absent.jsonl")), capsys)
+    error_of(joint(rows, tmp_path / "run", BEST_METRIC="x"), capsys)
+  finally:
+    monitoring.clear_event_listeners()
+  assert compiled == []
+
+
+def test_other_vocabularies_are_refused(rows, tmp_path, capsys):
+  shipped = "bpd_jax/data/files/docstrings.model"
+  # The folder of rows has a vocabulary where a model folder has it.
+  with pytest.raises(InputError, match=r"vocabulary = '.*model, \w{16}': allowed is None, or byte"):
+    run_vocabulary(shipped, str(rows), 4096)
+  assert run_vocabulary(None, str(rows), 260)[0].fingerprint == "bytes"
+  write_cache(
+      tmp_path / "caches/toy", [([5, 1], [6, 1])], task="toy", split="train",
+      vocabulary=open_vocabulary(shipped, 4096),
+  )
+  argv = joint(rows, tmp_path / "run", CachedTask__folder=str(tmp_path / "caches"),
+               CachedTask__name="toy") + ["--gin.TRAIN_TASKS=[@CachedTask()]"]
+  message = r"token cache .*/toy vocabulary = '\w{16} of 4096 ids': allowed is bytes of 259 ids"
+  assert re.match(message, error_of(argv, capsys))
+  cut(tmp_path / "caches/toy/tokens.bin")
+  assert re.match("token cache = '.*/toy': allowed is 1 examples", error_of(argv, capsys))
+  assert not (tmp_path / "run").exists()

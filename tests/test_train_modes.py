@@ -1,0 +1,222 @@
+"""Heads behind a frozen base, on what people wrote and on the base's own outputs."""
+
+import json
+import re
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from train_runs import (
+  arguments,
+  assert_same,
+  compilation_cache_in,
+  cut,
+  error_of,
+  HEADS_FILES,
+  last_state,
+  run,
+  write_rows,
+)
+
+from bpd_jax import generation
+from bpd_jax.checkpoints import load_model, save_model
+from bpd_jax.data.batches import assemble
+from bpd_jax.data.token_cache import TokenCache
+from bpd_jax.model.config import ModelConfig
+from bpd_jax.model.model import EncoderDecoder, init_params
+from bpd_jax.partitioning import single_device
+from bpd_jax.training.states import HiddenStates
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled(tmp_path_factory):
+  with compilation_cache_in(tmp_path_factory.mktemp("compiled")):
+    yield
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("rows")
+  write_rows(folder)
+  return folder
+
+
+CONFIG = ModelConfig(
+    vocab_size=260, d_model=16, d_ff=16, d_kv=8, num_heads=2, num_encoder_layers=1,
+    num_decoder_layers=1, head_d_ff=16,
+)
+HEADS = {"STEPS": 6, "BLOCK_SIZE": 3, "LOG_EVERY": 2, "SAVE_EVERY": 2, "NUM_DECODED": 2}
+
+
+@pytest.fixture(scope="module")
+def base(rows, tmp_path_factory):
+  """A model folder without parallel heads, whose outputs follow their inputs."""
+  folder = tmp_path_factory.mktemp("models") / "base"
+  params = init_params(CONFIG, single_device(), jax.random.key(7))
+  params = jax.tree.map(lambda leaf: leaf * (3 if leaf.ndim > 1 else 1), params)
+  save_model(folder, CONFIG, params, rows / "tokenizer_config.json")
+  return folder
+
+
+def run_heads(rows, base, workdir, **options):
+  return run(arguments(
+      rows, workdir, HEADS_FILES, CHECKPOINT=str(base), **(HEADS | options)
+  ))
+
+
+def encoded(rows, field):
+  """Tokens of the training rows."""
+  lines = (rows / "train.jsonl").read_text().splitlines()
+  return [[byte + 3 for byte in json.loads(line)[field].encode()] + [1] for line in lines]
+
+
+@pytest.fixture(scope="module")
+def heads_run(rows, base, tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("runs") / "heads"
+  assert run_heads(rows, base, workdir) == 0
+  return workdir
+
+
+@pytest.fixture(scope="module")
+def distilled_run(rows, base, tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("runs") / "distilled"
+  assert run_heads(rows, base, workdir, MODE="distill") == 0
+  return workdir
+
+
+@pytest.mark.parametrize("which", ["heads_run", "distilled_run"])
+def test_heads_are_trained_and_the_base_stays_bit_for_bit(which, base, request):
+  workdir = request.getfixturevalue(which)
+  config, model = load_model(workdir / "model", single_device())
+  before = load_model(base, single_device())[1]
+  assert config == CONFIG.replace(block_size=3)
+  heads = model.pop("heads")
+  assert_same(jax.device_get(flat(model)), jax.device_get(flat(before)))
+  # Fresh heads begin with w2 = 0.
+  assert heads["w2"].shape[0] == 2 and (np.abs(heads["w2"]).max(axis=(1, 2)) > 0).all()
+
+
+def flat(tree):
+  return {jax.tree_util.keystr(path): np.asarray(leaf)
+          for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+@pytest.mark.parametrize("which", ["heads_run", "distilled_run"])
+def test_cached_states_are_the_base_models(which, rows, base, request):
+  workdir = request.getfixturevalue(which)
+  config, params = load_model(base, single_device())
+  model = EncoderDecoder(config, single_device())
+  states, inputs = HiddenStates(workdir / "states/0"), encoded(rows, "inputs")
+  assert len(states.lengths) == len(inputs) == 40
+  # The examples were drawn; each is here once.
+  order = np.random.default_rng([0, 0]).permutation(40)
+  targets = [states[i][1].tolist() for i in range(40)]
+  if which == "heads_run":
+    assert targets == [encoded(rows, "targets")[i] for i in order]
+
+  @jax.jit
+  def forward(params, batch):
+    mask = batch["encoder_segment_ids"] > 0
+    apply = lambda *args, method: model.apply({"params": params}, *args, method=method)
+    return apply(apply(batch["encoder_input_tokens"], mask, method="encode"), mask,
+                 batch["decoder_input_tokens"], method="decode")
+
+  batch = assemble([[(np.int32(inputs[i]), np.int32(target))]
+                    for i, target in zip(order, targets)], 8, 12)
+  hidden = forward(params, batch)
+  for i, target in enumerate(targets):
+    np.testing.assert_allclose(states.states(i), hidden[i, : len(target)], atol=2e-4)
+  assert np.abs(hidden).max() > 0.5
+
+
+def test_distillation_trains_on_the_base_models_own_outputs(rows, base, distilled_run):
+  out = generation.load(base).generate(
+      encoded(rows, "inputs"), "greedy", max_length=12, batch_size=4
+  )
+  order = np.random.default_rng([0, 0]).permutation(40)
+  cache = TokenCache(distilled_run / "states/distilled_0/part_00000")
+  assert len(cache) == 40
+  assert len({tuple(row.tolist()) for row in out.tokens}) >= 5
+  for i, example in enumerate(order):
+    inputs, targets = cache[i]
+    assert inputs.tolist() == encoded(rows, "inputs")[example]
+    assert targets.tolist() == out.tokens[example].tolist()
+  states = HiddenStates(distilled_run / "states/0")
+  assert [states[i][1].tolist() for i in range(40)] == [cache[i][1].tolist() for i in range(40)]
+
+
+def test_distillation_goes_on_where_it_was_killed(
+    rows, base, distilled_run, tmp_path, monkeypatch
+):
+  class Killed(BaseException):
+    pass
+
+  def killed(*args, **kwargs):
+    raise Killed
+
+  def counted(self, prompts, *args, **kwargs):
+    calls.append(len(prompts))
+    return killed() if len(calls) == kill_at else generate(self, prompts, *args, **kwargs)
+
+  generate, calls, kill_at = generation.Generator.generate, [], 2
+  go_on = lambda: run_heads(rows, base, tmp_path, MODE="distill", NUM_DECODED=0)
+  monkeypatch.setattr("bpd_jax.distillation.PART", 16)
+  monkeypatch.setattr(generation.Generator, "generate", counted)
+  # In the second of three parts; then when all are there, and states are read.
+  with pytest.raises(Killed):
+    go_on()
+  assert calls == [16, 16]
+  calls.clear()
+  kill_at = None
+  with monkeypatch.context() as patch, pytest.raises(Killed):
+    patch.setattr("bpd_jax.training.states.place_batch", killed)
+    go_on()
+  assert calls == [16, 8]
+  calls.clear()
+  assert go_on() == 0
+  assert calls == []
+  assert_same(last_state(tmp_path)[1], last_state(distilled_run)[1])
+
+
+CHECKPOINTS = {
+    "missing": (shutil.rmtree, "model folder = '.*': allowed is a folder that exists"),
+    "of transformers": (
+        lambda folder: (folder / "model.json").rename(folder / "config.json"),
+        "model folder = '.*import_checkpoint makes one of transformers"),
+    "of another width": (
+        lambda folder: rewrite(folder, d_ff=24),
+        r"decoder/.*wi_0 shape = \(1, 16, 16\): allowed is \(1, 16, 24\), from the config"),
+    "that isn't JSON": (
+        lambda folder: cut(folder / "model.json"), r".*model\.json = .*: allowed is JSON"),
+    "cut": (lambda folder: cut(*folder.rglob("d/*")), "params = '.*/params': allowed is "),
+    "cut in its manifest": (
+        lambda folder: cut(folder / "params/manifest.ocdbt"), "params = '.*': allowed is a"),
+    "without vocabulary": (
+        lambda folder: (folder / "tokenizer_config.json").unlink(),
+        r"train\.vocabulary = None: allowed is a vocabulary file"),
+}
+
+
+def rewrite(folder, **fields):
+  path = folder / "model.json"
+  path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_a_checkpoint_that_is_not_whole(rows, base, tmp_path, capsys, name):
+  damage, message = CHECKPOINTS[name]
+  shutil.copytree(base, tmp_path / "model")
+  damage(tmp_path / "model")
+  argv = arguments(rows, tmp_path / "run", HEADS_FILES, CHECKPOINT=str(tmp_path / "model"), **HEADS)
+  found = error_of(argv, capsys)
+  assert re.match(message, found) and len(found) < 500
+  assert not (tmp_path / "run").exists()
+
+
+def test_a_base_model_without_parallel_heads_has_nothing_to_train(rows, base, tmp_path, capsys):
+  argv = arguments(rows, tmp_path / "run", HEADS_FILES, CHECKPOINT=str(base),
+                   **(HEADS | {"BLOCK_SIZE": 1}))
+  message = "ModelConfig.block_size = 1: allowed is 2 or more in mode 'heads_only'"
+  assert error_of(argv, capsys) == message
