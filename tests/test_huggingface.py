@@ -139,7 +139,7 @@ def test_config_is_read(folder, kind):
       "num_encoder_layers": 3, "num_decoder_layers": 2, "block_size": 1, "head_d_ff": 40,
       "activation": "relu" if kind == "t5" else "gelu", "is_gated": kind != "t5",
       "is_tied": kind == "t5", "relpos_buckets": 8, "relpos_max_distance": 20,
-      "norm_epsilon": 1e-6, "dropout_rate": 0.0, "pad_id": 0, "eos_id": 1,
+      "norm_epsilon": 1e-6, "dropout_rate": 0.0, "scan_unroll": 1, "pad_id": 0, "eos_id": 1,
       "dtype": "float32", "param_dtype": "float32", "accum_dtype": "float32",
   }
 
