@@ -20,8 +20,9 @@ run: install
 	  --gin.CHECKPOINT="'runs/random_t5/model'" --gin.ROWS="'runs/random_t5/rows.jsonl'" \
 	  --gin.OUTPUT="'runs/random_t5/results'"
 
+# Compiling takes one core; the files of the tests share two.
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow

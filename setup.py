@@ -31,7 +31,8 @@ EXTRAS = {
     ],
 }
 EXTRAS["test"] = [
-    "pytest>=8", "hypothesis>=6", "ruff", *EXTRAS["bench"], *EXTRAS["plan-tpu"], *EXTRAS["data"]
+    "pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6", "ruff", *EXTRAS["bench"],
+    *EXTRAS["plan-tpu"], *EXTRAS["data"],
 ]
 
 setup(
