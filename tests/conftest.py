@@ -1,5 +1,41 @@
 """Tests run on the CPU, where a TPU's compiler may be installed without a TPU."""
 
+import gc
 import os
 
+import pytest
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+
+@pytest.fixture(scope="session")
+def program_folder(tmp_path_factory):
+  folder = tmp_path_factory.getbasetemp()
+  # Workers of pytest-xdist have folders side by side.
+  return (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "programs"
+
+
+@pytest.fixture(scope="module")
+def compiled_once(program_folder):
+  """What a module compiles isn't compiled again, by it, its processes, or another module."""
+  from train_runs import compilation_cache_in
+
+  with compilation_cache_in(program_folder):
+    yield
+
+
+@pytest.fixture(scope="session")
+def train_rows(tmp_path_factory):
+  """A folder from `train_runs.write_rows`."""
+  from train_runs import write_rows
+
+  folder = tmp_path_factory.mktemp("rows")
+  write_rows(folder)
+  return folder
+
+
+@pytest.fixture
+def leftovers():
+  """Collects, before the next test, what Orbax leaves of an array that it can't read."""
+  yield
+  gc.collect()

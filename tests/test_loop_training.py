@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
-from train_runs import assert_same, compilation_cache_in, cut, last_state, leaves
+from train_runs import assert_same, cut, last_state, leaves
 
 from bpd_jax.data.batches import assemble
 from bpd_jax.errors import InputError
@@ -30,10 +30,12 @@ from bpd_jax.training.optimizer import Optimizer
 from bpd_jax.training.step import Step
 
 # Of reading a damaged state, Orbax leaves coroutines behind.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+UNREAD = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning",
+                                    "ignore:coroutine.*was never awaited:RuntimeWarning")
+# What tests/test_train.py trains, so that the step is compiled once.
 CONFIG = ModelConfig(
-    vocab_size=40, d_model=16, d_ff=16, d_kv=8, num_heads=2, num_encoder_layers=1,
-    num_decoder_layers=1, block_size=2, head_d_ff=8, dropout_rate=0.1,
+    vocab_size=260, d_model=16, d_ff=16, d_kv=8, num_heads=2, num_encoder_layers=1,
+    num_decoder_layers=1, block_size=3, head_d_ff=16, dropout_rate=0.1,
 )
 STEPS = 12
 # Of the undisturbed run's evaluations, by step.
@@ -41,13 +43,12 @@ FIGURES = {4: 3.0, 8: 1.0, 12: 2.0}
 
 
 @pytest.fixture(scope="module")
-def step(tmp_path_factory):
-  with compilation_cache_in(tmp_path_factory.mktemp("compiled")):
-    yield make_step(CONFIG)
+def step(compiled_once):
+  return make_step(CONFIG)
 
 
 def make_step(config):
-  optimizer = Optimizer("adamw", 1e-2, "constant", 0)
+  optimizer = Optimizer("adamw", 1e-2, "constant", 4)
   return Step(config, single_device(), optimizer, average_decay=0.9)
 
 
@@ -60,8 +61,8 @@ class Source:
   def batch(self, step):
     self._happens.get(step, lambda: None)()
     rng = np.random.default_rng(step)
-    row = lambda: np.append(rng.integers(2, 39, rng.integers(2, 6)), 1).astype(np.int32)
-    return assemble([[(row(), row())] for _ in range(2)], 6, 6)
+    row = lambda: np.append(rng.integers(2, 259, rng.integers(2, 8)), 1).astype(np.int32)
+    return assemble([[(row(), row())] for _ in range(4)], 8, 12)
 
 
 class Scripted:
@@ -259,7 +260,7 @@ def test_loss_that_is_not_finite_names_step_and_checkpoint(step, tmp_path):
 def test_parameters_that_are_not_finite_are_not_saved(step, tmp_path):
   # Of a token that doesn't occur, so that the loss is fine.
   embedding = initial_params()["embedding"].copy()
-  embedding[39] = np.inf
+  embedding[259] = np.inf
   params = initial_params() | {"embedding": embedding}
   message = "parameters that aren't finite at step 1; there is no checkpoint before it"
   with pytest.raises(TrainingError, match=message):
@@ -267,6 +268,8 @@ def test_parameters_that_are_not_finite_are_not_saved(step, tmp_path):
   assert steps_kept(tmp_path) == []
 
 
+@UNREAD
+@pytest.mark.usefixtures("leftovers")
 @pytest.mark.parametrize("damage", [
     lambda folder: cut(*folder.rglob("d/*")),
     lambda folder: cut(folder / "default/manifest.ocdbt"),
@@ -290,6 +293,8 @@ def test_a_damaged_state_is_named_and_left_alone(step, tmp_path, undisturbed, da
   assert_same(last_state(tmp_path / "run")[1], last_state(undisturbed[0])[1])
 
 
+@UNREAD
+@pytest.mark.usefixtures("leftovers")
 def test_an_array_that_was_cut_is_named(tmp_path):
   # Small arrays lie elsewhere, and other errors come of them.
   state = {"x": jnp.arange(3000.0)}

@@ -14,13 +14,11 @@ import pytest
 from train_runs import (
   arguments,
   assert_same,
-  compilation_cache_in,
   error_of,
   last_state,
   model_params,
   run,
   start,
-  write_rows,
 )
 
 from bpd_jax import train
@@ -28,17 +26,9 @@ from bpd_jax.data.batches import Batches
 from bpd_jax.training.metrics import read_metrics
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled(tmp_path_factory):
-  with compilation_cache_in(tmp_path_factory.mktemp("compiled")):
-    yield
-
-
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory):
-  folder = tmp_path_factory.mktemp("rows")
-  write_rows(folder)
-  return folder
+def rows(compiled_once, train_rows):
+  return train_rows
 
 
 # Dropout, so that steps draw; saves that overlap with steps; the best state kept.
@@ -222,6 +212,7 @@ def test_everything_is_compiled_before_the_second_evaluation(rows, tmp_path, mon
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.usefixtures("leftovers")
 def test_a_disk_that_is_full_leaves_the_last_state(rows, whole, tmp_path, capsys):
   workdir = tmp_path / "run"
   shutil.copytree(whole, workdir)

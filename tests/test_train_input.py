@@ -7,10 +7,8 @@ from jax import monitoring
 import pytest
 from train_runs import (
   arguments,
-  compilation_cache_in,
   cut,
   error_of,
-  write_rows,
 )
 
 from bpd_jax.data.token_cache import write_cache
@@ -19,17 +17,9 @@ from bpd_jax.train import run_vocabulary
 from bpd_jax.vocabulary import open_vocabulary
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled(tmp_path_factory):
-  with compilation_cache_in(tmp_path_factory.mktemp("compiled")):
-    yield
-
-
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory):
-  folder = tmp_path_factory.mktemp("rows")
-  write_rows(folder)
-  return folder
+def rows(compiled_once, train_rows):
+  return train_rows
 
 
 def text(line):

@@ -10,13 +10,11 @@ import pytest
 from train_runs import (
   arguments,
   assert_same,
-  compilation_cache_in,
   cut,
   error_of,
   HEADS_FILES,
   last_state,
   run,
-  write_rows,
 )
 
 from bpd_jax import generation
@@ -28,25 +26,17 @@ from bpd_jax.model.model import EncoderDecoder, init_params
 from bpd_jax.partitioning import single_device
 from bpd_jax.training.states import HiddenStates
 
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled(tmp_path_factory):
-  with compilation_cache_in(tmp_path_factory.mktemp("compiled")):
-    yield
-
-
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory):
-  folder = tmp_path_factory.mktemp("rows")
-  write_rows(folder)
-  return folder
-
-
+# What tests/test_journey.py imports, so that programs are compiled once.
 CONFIG = ModelConfig(
-    vocab_size=260, d_model=16, d_ff=16, d_kv=8, num_heads=2, num_encoder_layers=1,
+    vocab_size=260, d_model=16, d_ff=16, d_kv=8, num_heads=2, num_encoder_layers=2,
     num_decoder_layers=1, head_d_ff=16,
 )
 HEADS = {"STEPS": 6, "BLOCK_SIZE": 3, "LOG_EVERY": 2, "SAVE_EVERY": 2, "NUM_DECODED": 2}
+
+
+@pytest.fixture(scope="module")
+def rows(compiled_once, train_rows):
+  return train_rows
 
 
 @pytest.fixture(scope="module")
@@ -204,6 +194,7 @@ def rewrite(folder, **fields):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.usefixtures("leftovers")
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_a_checkpoint_that_is_not_whole(rows, base, tmp_path, capsys, name):
   damage, message = CHECKPOINTS[name]
