@@ -150,13 +150,15 @@ def train(
   check_schedule(schedule, validation, config.block_size)
   fingerprints = {task: task_fingerprint(task) for task in read_tasks}
   identity = {
-      "model": config.to_dict(), "checkpoint": checkpoint, "has_fresh_heads": has_fresh_heads,
+      # But for what only says how it is compiled.
+      "model": config.replace(scan_unroll=1).to_dict(), "checkpoint": checkpoint,
+      "has_fresh_heads": has_fresh_heads,
       "mode": mode, "rates": rates, "batch_size": batch_size, "input_length": input_length,
       "target_length": target_length, "is_packed": is_packed,
       "num_microbatches": num_microbatches, "optimizer": optimizer.to_dict(),
       "loss": dataclasses.asdict(loss), "average_decay": average_decay,
       "max_states": max_states if is_frozen else None, "seed": seed,
-      "mesh": dict(partitioning.mesh.shape), "vocabulary": words.fingerprint,
+      "vocabulary": words.fingerprint,
       "tasks": [fingerprints[task] for task in tasks],
   }
   console = Console()
