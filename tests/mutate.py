@@ -38,6 +38,10 @@ class Mutation:
 LOOP = ("tests/test_accept.py", "tests/test_loop.py")
 MODEL = ("tests/test_exactness.py", "-k", "float64 and t5_1_1")
 QUALITY = ("tests/test_quality.py",)
+STEP = ("tests/test_step.py", "-k", "not eight and not split")
+BATCHES = ("tests/test_batches.py",)
+TRAINING = ("tests/test_loop_training.py",)
+MODES = ("tests/test_train_modes.py", "-k", "base")
 EVALUATE = ("tests/test_evaluate.py", "-k", "table or quality or last_task")
 MUTATIONS = (
     Mutation("depth bias off by one", "model/decoder.py",
@@ -136,6 +140,64 @@ MUTATIONS = (
     Mutation("write doesn't wait for the call", "decoding/cache.py",
              "starts = jnp.where(step.tokens[:, 0] >= 0, cache.lengths, 0)",
              "starts = cache.lengths", ("tests/test_compiled.py", "-k", "copies")),
+    Mutation("heads a token too far", "training/loss.py",
+             "for ahead in range(block_size):", "for ahead in range(1, block_size + 1):", STEP),
+    Mutation("targets of the next example", "training/loss.py",
+             "(jnp.pad(segments[:, ahead:], pad) == segments) & (segments > 0)",
+             "jnp.pad(segments[:, ahead:], pad) > 0", STEP),
+    Mutation("loss divided by a microbatch's targets", "training/step.py",
+             "counts = masks.sum(axis=(1, 2), dtype=dtype)",
+             "counts = masks.sum(axis=(1, 2), dtype=dtype) / num_parts", STEP),
+    Mutation("every step draws the same", "training/step.py",
+             "key = jax.random.fold_in(key, state.step)", "pass", TRAINING),
+    Mutation("base trained with the heads", "training/step.py",
+             '"heads_only": ("heads",)', '"heads_only": ("decoder", "heads")', STEP),
+    Mutation("average left out", "training/step.py",
+             "return state.params if state.average is None else",
+             "return state.params if True else", STEP),
+    Mutation("order of every seed", "data/batches.py",
+             "default_rng([seed, which, epoch])", "default_rng([0, which, epoch])", BATCHES),
+    Mutation("order of every epoch", "data/batches.py",
+             "default_rng([seed, which, epoch])", "default_rng([seed, which, 0])", BATCHES),
+    Mutation("rows of the first process", "data/batches.py",
+             "range(process_index * local, (process_index + 1) * local)", "range(local)", BATCHES),
+    Mutation("inputs cut without EOS", "data/batches.py",
+             "return np.append(inputs[: input_length - 1], eos_id)",
+             "return inputs[:input_length]", BATCHES),
+    Mutation("rows from the first on when resumed", "training/loop.py",
+             "batches.batch(step))", "batches.batch(step - done))", TRAINING),
+    Mutation("evaluation not done again", "training/loop.py",
+             "if done and is_evaluated(done) and done not in evaluated:", "if False:", TRAINING),
+    Mutation("evaluated before it is saved", "training/loop.py",
+             """        save(step)
+        if is_evaluated(step):
+          measure(step)
+""", """        if is_evaluated(step):
+          measure(step)
+        save(step)
+""", TRAINING),
+    Mutation("parameters of NaN saved", "training/loop.py",
+             "if not all_finite(state):", "if False:", TRAINING),
+    Mutation("loss of NaN passed over", "training/loop.py",
+             'if not math.isfinite(figures["loss"]) or', "if", TRAINING),
+    Mutation("last state not saved", "training/loop.py",
+             "    if step > done:\n      save(step)\n", "", TRAINING),
+    Mutation("folder shared by two processes", "training/loop.py",
+             "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB", TRAINING),
+    Mutation("folder of another run taken", "training/loop.py",
+             "if found.get(name) != wanted.get(name):", "if False:", TRAINING),
+    Mutation("first of equals is the best", "training/checkpointing.py",
+             "(sign * self.figures[step], step)", "(sign * self.figures[step], -step)", TRAINING),
+    Mutation("best state deleted", "training/checkpointing.py",
+             "return {max(steps, default=None), self.best_of(steps)}",
+             "return {max(steps, default=None)}", TRAINING),
+    Mutation("figures of later steps stay", "training/metrics.py",
+             'if last_step is None or line["step"] <= last_step]', "]", TRAINING),
+    Mutation("states of another example", "training/states.py",
+             "hidden[place, : lengths[i]]", "hidden[place - 1, : lengths[i]]", MODES),
+    Mutation("outputs of another example", "distillation.py",
+             "row.tolist() for row in out.tokens", "row.tolist() for row in out.tokens[::-1]",
+             MODES),
 )
 
 

@@ -57,6 +57,7 @@ def test_an_epoch_shows_every_example_once_and_the_next_in_another_order():
   assert sorted(first) == sorted(second) == list(range(20))
   assert first != second != sorted(second)
   assert batches.steps_per_epoch() == 5
+  assert firsts(make([Numbers("a", 20)], seed=1), range(5)) not in (first, second)
 
 
 def test_a_batch_depends_on_seed_and_step_alone():

@@ -3,6 +3,7 @@
 import importlib
 from pathlib import Path
 import re
+import shlex
 
 import gin
 import jax
@@ -64,6 +65,86 @@ def test_every_gin_file_parses_and_says_only_what_its_folder_is_for(path, monkey
     # Whoever runs it says where, and is told so.
     with pytest.raises(InputError, match="= 'required': allowed is a value: --gin"):
       read_gin_files([path])
+
+
+def macros_of(path):
+  """Macros that a gin file sets itself, with their values as it writes them."""
+  text = re.sub(r"#.*", "", (ROOT / path).read_text())
+  return dict(re.findall(r"^([A-Z_]+) = ([^\[\n]*?) *$", text, re.MULTILINE))
+
+
+RUNS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "gin/runs").glob("*.gin"))
+
+
+@pytest.mark.parametrize("path", RUNS)
+def test_help_of_a_run_lists_its_macros_with_values(path, monkeypatch, capsys):
+  monkeypatch.chdir(ROOT)
+  command = Path(path).stem.partition("_")[0]
+  main = importlib.import_module(f"bpd_jax.{command}").main
+  with pytest.raises(SystemExit) as ended:
+    main([f"--gin_file={path}", "--help"])
+  assert ended.value.code == 0
+  lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
+  found = {line[0]: line[1] for line in lines if len(line) == 2}
+  macros = macros_of(path)
+  assert macros or "include" in (ROOT / path).read_text()
+  for name, value in macros.items():
+    assert found[name] == ("(required)" if value == "%gin.REQUIRED" else value)
+
+
+@pytest.mark.parametrize("model", SIZES)
+def test_every_model_can_be_trained(model, monkeypatch):
+  monkeypatch.chdir(ROOT)
+  train = importlib.import_module("bpd_jax.train")
+  read_gin_files(
+      [f"gin/models/{model}.gin", "gin/tasks/grammar.gin", "gin/runs/train.gin"],
+      ["WORKDIR = 'nowhere'", "STEPS = 10", "BLOCK_SIZE = 8", "DROPOUT_RATE = 0.1"],
+  )
+  made = {name: gin.query_parameter(f"train.{name}") for name in (
+      "config", "optimizer", "loss", "schedule", "validation", "partitioning")}
+  made = {name: reference.scoped_configurable_fn() for name, reference in made.items()}
+  config = made["config"]
+  assert (config.block_size, config.vocab_size, config.dropout_rate) == (8, 4096, 0.1)
+  train.check_schedule(made["schedule"], made["validation"], 8)
+  step = train.Step(config, made["partitioning"], made["optimizer"], made["loss"])
+  tokens = jax.ShapeDtypeStruct((8, 16), jax.numpy.int32)
+  sides = ("encoder_input_tokens", "encoder_segment_ids", "decoder_input_tokens",
+           "decoder_target_tokens", "decoder_segment_ids")
+  state, metrics = jax.eval_shape(
+      step._run, step.abstract_state, dict.fromkeys(sides, tokens),
+      jax.eval_shape(jax.random.key, 0),
+  )
+  shapes = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
+  assert shapes(state) == shapes(step.abstract_state)
+  assert metrics["loss"].shape == () and metrics["count"].shape == (8,)
+
+
+def commands_of(page):
+  """The command lines of gin in a page's blocks."""
+  for block in re.findall(r"^```\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
+    for line in block.replace("\\\n", " ").splitlines():
+      if "--gin_file" in line:
+        yield line
+
+
+PAGES = [ROOT / "docs/training.md", ROOT / "docs/journey.md", ROOT / "docs/reading_results.md"]
+
+
+@pytest.mark.parametrize("line", [line for page in PAGES for line in commands_of(page)])
+def test_commands_of_the_pages_are_understood(line, monkeypatch):
+  monkeypatch.chdir(ROOT)
+  python, m, module, *argv = shlex.split(line)
+  entry = importlib.import_module(module)
+  read_gin(argv, "program", "does", getattr(entry, module.rpartition(".")[2]))
+
+
+def test_every_macro_of_training_is_explained():
+  explained = set(re.findall(r"`([A-Z_]+)`", (ROOT / "docs/training.md").read_text()))
+  paths = [path for path in RUNS if "train" in path]
+  paths += ["gin/tasks/jsonl_train.gin", "gin/tasks/docstrings_train.gin", "gin/tasks/grammar.gin"]
+  text = "".join((ROOT / path).read_text() for path in paths)
+  macros = set(re.findall(r"^([A-Z_]+) = ", text, re.MULTILINE))
+  assert len(macros) > 25 and macros - explained == set()
 
 
 def test_bindings_come_after_files():

@@ -27,7 +27,7 @@ from bpd_jax.training.checkpointing import Checkpoints
 from bpd_jax.training.loop import claim_run, open_run, Schedule, train_steps, TrainingError
 from bpd_jax.training.metrics import Display, MetricWriter, read_metrics, shown
 from bpd_jax.training.optimizer import Optimizer
-from bpd_jax.training.step import Step
+from bpd_jax.training.step import place_batch, Step
 
 # Of reading a damaged state, Orbax leaves coroutines behind.
 UNREAD = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning",
@@ -131,6 +131,18 @@ def assert_ends_as(workdir, undisturbed):
       line for line in read_metrics(folder) if "validation/loss" in line
   ]
   assert evaluations(workdir) == evaluations(undisturbed)
+
+
+def test_what_a_step_draws_depends_on_its_number(step):
+  batch = place_batch(single_device(), Source().batch(0))
+
+  def loss(number):
+    state = step.init(jax.tree.map(jnp.array, initial_params()))
+    state = state.replace(step=jnp.full([], number, jnp.int32))
+    return float(step(state, batch, jax.random.key(5))[1]["loss"])
+
+  # The same parameters and rows, but for dropout.
+  assert loss(0) == loss(0) != loss(1) != loss(2)
 
 
 def test_best_and_last_states_stay_and_others_go(undisturbed, step):

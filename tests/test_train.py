@@ -17,6 +17,7 @@ from train_runs import (
   error_of,
   last_state,
   model_params,
+  ROOT,
   run,
   start,
 )
@@ -173,6 +174,32 @@ def assert_holds_average(workdir):
 
 def test_the_model_is_the_average(whole):
   assert_holds_average(whole)
+
+
+@pytest.mark.slow  # Compiles for two devices in a process of its own.
+def test_a_run_goes_on_with_another_number_of_devices(rows, whole, tmp_path, monkeypatch):
+  for name in ("one", "two"):
+    shutil.copytree(whole, tmp_path / name)
+  assert run(arguments(rows, tmp_path / "one", **WHOLE, STEPS=STEPS + 5)) == 0
+  monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+  process = start(arguments(rows, tmp_path / "two", **WHOLE, STEPS=STEPS + 5, DATA_PARALLEL=2))
+  out, err = process.communicate()
+  assert process.returncode == 0, err
+  assert "2 × cpu" in out and "mesh 2 data × 1 fsdp × 1 model" in out
+  one, two = (model_params(tmp_path / name) for name in ("one", "two"))
+  before = model_params(whole)
+  for name, leaf in one.items():
+    np.testing.assert_allclose(two[name], leaf, atol=1e-4, rtol=1e-3)
+  assert max(np.abs(leaf - before[name]).max() for name, leaf in one.items()) > 1e-2
+
+
+def test_the_page_says_what_a_run_leaves(whole):
+  page = (ROOT / "docs/training.md").read_text()
+  for path in whole.iterdir():
+    assert f"`{path.name}/`" in page or f"`{path.name}`" in page
+  for name in figures(whole).keys() | {"train/seconds_per_step", "train/tokens_per_second"}:
+    name = re.sub(r"_head_\d", "_head_1", name.replace("rows.validation/", "validation/"))
+    assert f"`{name}`" in page, name
 
 
 def test_what_a_finished_run_needs_is_not_made_again(rows, whole, tmp_path, monkeypatch):

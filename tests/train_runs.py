@@ -15,6 +15,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from bpd_jax import launch, train
+from bpd_jax.checkpoints import load_model
+from bpd_jax.partitioning import single_device
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = ("gin/models/tiny.gin", "gin/tasks/jsonl_train.gin", "gin/runs/train.gin")
@@ -124,8 +126,7 @@ def last_state(workdir):
 
 def model_params(workdir):
   """Arrays of a run's model by name."""
-  with ocp.StandardCheckpointer() as checkpointer:
-    return leaves(checkpointer.restore(workdir / "model" / "params"))
+  return leaves(load_model(workdir / "model", single_device())[1])
 
 
 def cut(*paths):
