@@ -41,7 +41,8 @@ QUALITY = ("tests/test_quality.py",)
 STEP = ("tests/test_step.py", "-k", "not eight and not split")
 BATCHES = ("tests/test_batches.py",)
 TRAINING = ("tests/test_loop_training.py",)
-MODES = ("tests/test_train_modes.py", "-k", "base")
+MODES = ("tests/test_train_modes.py", "-k", "base or distillation")
+INPUT = ("tests/test_train_input.py",)
 EVALUATE = ("tests/test_evaluate.py", "-k", "table or quality or last_task")
 MUTATIONS = (
     Mutation("depth bias off by one", "model/decoder.py",
@@ -198,6 +199,18 @@ MUTATIONS = (
     Mutation("outputs of another example", "distillation.py",
              "row.tolist() for row in out.tokens", "row.tolist() for row in out.tokens[::-1]",
              MODES),
+    Mutation("distilled again from the first part", "distillation.py",
+             "if path.is_dir():", "if False:", MODES),
+    Mutation("figures lost on a full disk", "training/metrics.py",
+             """      partial.write_text("".join(lines), encoding="utf-8")
+      partial.replace(self._path)
+""", """      self._path.write_text("".join(lines), encoding="utf-8")
+""", TRAINING),
+    Mutation("folder claimed before rows are read", "train.py",
+             "    if not has_begun:\n      # All",
+             "    claim_run(workdir, identity)\n    if not has_begun:\n      # All", INPUT),
+    Mutation("any vocabulary for a checkpoint", "train.py",
+             "if words.fingerprint != expected:", "if False:", INPUT),
 )
 
 

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import struct
@@ -238,8 +239,8 @@ def test_what_a_killed_save_or_deletion_left_is_cleared(step, tmp_path, undistur
   train(tmp_path, step, Source(at_6=terminate))
   folder = tmp_path / "checkpoints"
   # A state that was half written, and an old one that was half deleted.
-  shutil.copytree(folder / "7", folder / "9.orbax-checkpoint-tmp")
-  (folder / "9.orbax-checkpoint-tmp" / "commit_success.txt").unlink()
+  shutil.copytree(folder / "7", folder / "11.orbax-checkpoint-tmp")
+  (folder / "11.orbax-checkpoint-tmp/commit_success.txt").unlink()
   shutil.copytree(folder / "4", folder / "3")
   for path in ("_CHECKPOINT_METADATA", "default/manifest.ocdbt"):
     (folder / "3" / path).unlink()
@@ -319,6 +320,30 @@ def test_an_array_that_was_cut_is_named(tmp_path):
   assert "\n" not in str(error.value) and len(str(error.value)) < 500
 
 
+@UNREAD
+@pytest.mark.usefixtures("leftovers")
+@pytest.mark.parametrize("num_saves", [1, 2])
+def test_a_state_that_cannot_be_written_leaves_the_one_before(tmp_path, num_saves):
+  # The disk refuses in the background; it is noticed at the next save, or at the end.
+  state = {"x": jax.random.normal(jax.random.key(0), [3000])}
+  before = resource.getrlimit(resource.RLIMIT_FSIZE)
+  with Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(1, state)
+    checkpoints.wait()
+    try:
+      resource.setrlimit(resource.RLIMIT_FSIZE, (8000, before[1]))
+      with pytest.raises(InputError, match="workdir = .*: allowed is a path that can be written"):
+        for step in range(2, 2 + num_saves):
+          checkpoints.save(step, state)
+        if num_saves == 1:
+          checkpoints.wait()
+    finally:
+      resource.setrlimit(resource.RLIMIT_FSIZE, before)
+  with Checkpoints(tmp_path) as checkpoints:
+    assert checkpoints.last_step() == 1
+    assert_same(leaves(checkpoints.restore(1, state)), leaves(state))
+
+
 def test_a_state_of_another_shape_is_refused(undisturbed):
   other = make_step(CONFIG.replace(d_ff=24))
   with Checkpoints(undisturbed[0]) as checkpoints:
@@ -367,7 +392,9 @@ def test_figures_survive_a_disk_that_fills_up_while_they_are_taken_back(tmp_path
     writer.write(1, {"train/loss": 0.5})
   before = (tmp_path / "metrics.jsonl").read_text()
 
-  def full(self, *args, **kwargs):
+  def full(self, text, **kwargs):
+    with open(self, "w") as file:
+      file.write(text[:9])
     raise OSError(28, "No space left on device")
 
   monkeypatch.setattr(metrics.Path, "write_text", full)
