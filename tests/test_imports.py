@@ -22,6 +22,7 @@ FLOORS = {
     "bpd_jax.vocabulary": 1,
     "bpd_jax.model": 1,
     "bpd_jax.data": 1,
+    "bpd_jax.ngram_lm": 1,
     "bpd_jax.checkpoints": 1.5,
     "bpd_jax.training": 2,
     "bpd_jax.decoding": 2,
@@ -37,6 +38,7 @@ FLOORS = {
     "bpd_jax.benchmark": 4,
     "bpd_jax.export": 4,
     "bpd_jax.import_checkpoint": 4,
+    "bpd_jax.ngram": 4,
     "bpd_jax.prepare": 4,
     "bpd_jax.train": 4,
 }
@@ -45,6 +47,8 @@ COMMANDS = {("bpd_jax.data.docstrings", "bpd_jax.launch")}
 NEVER = {
     "bpd_jax.decoding": ("bpd_jax.model", "bpd_jax.partitioning", "gin", "tensorflow", "seqio"),
     "bpd_jax.model": ("bpd_jax.decoding", "gin", "tensorflow", "seqio"),
+    "bpd_jax.ngram_lm": (
+        "bpd_jax.model", "bpd_jax.decoding", "bpd_jax.data", "gin", "tensorflow", "seqio"),
     "bpd_jax.generation": ("gin", "tensorflow", "seqio"),
     "bpd_jax.training": ("gin", "tensorflow", "seqio"),
     "bpd_jax.train": ("tensorflow", "seqio"),
