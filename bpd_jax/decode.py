@@ -96,9 +96,11 @@ def describe_call(number: int, call: Call, vocabulary: Vocabulary) -> Text:
   The token stands where it was decided, after the accepted ones; the rejected
   rest of the draft follows.
   """
-  accepted = call.num_accepted
+  nodes = call.accepted
+  accepted = len(nodes)
+  rejected = [token for node, token in enumerate(call.draft) if node not in nodes]
   parts = [(ACCEPTED, call.emitted[:accepted]), (BASE, call.emitted[accepted:]),
-           (REJECTED, call.draft[accepted:])]
+           (REJECTED, rejected)]
   text = Text(f"{number:5}  {accepted}/{len(call.draft)} ")
   for (sign, style), tokens in parts:
     for token in tokens:

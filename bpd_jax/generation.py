@@ -7,7 +7,6 @@ method gives greedy's tokens unless an approximate acceptance rule is asked for.
 
 from collections.abc import Sequence
 import dataclasses
-import functools
 import time
 from typing import Any
 
@@ -17,12 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from bpd_jax.checkpoints import load_model
-from bpd_jax.decoding import accept, loop, search
+from bpd_jax.decoding import accept, loop
 from bpd_jax.decoding.cache import cache_length, empty_cache
 from bpd_jax.decoding.drafters.empty import EmptyDrafter
 from bpd_jax.decoding.drafters.heads import HeadsDrafter
 from bpd_jax.decoding.drafters.reference import ReferenceDrafter
-from bpd_jax.decoding.types import AcceptanceRule, Drafter
+from bpd_jax.decoding.rescoring import Rescorer, RescorerParams, Weights
+from bpd_jax.decoding.search import SearchSettings
+from bpd_jax.decoding.types import AcceptanceRule, Drafter, Prompt, Scorer
 from bpd_jax.decoding.verify import model_verify
 from bpd_jax.errors import InputError
 from bpd_jax.folders import PathLike
@@ -56,9 +57,12 @@ class DecodeSettings:
   Attributes:
     method: one of `METHODS`.
     block_size: h, tokens a call can emit at most.
-    verify_width: nodes a call verifies, root included, at most h.
+    verify_width: tokens a call verifies along a path, root included, at most h.
     max_length: tokens the output buffers hold.
     rule: which drafted tokens pass.
+    top_k: candidates that each head offers.
+    search: which paths through them are verified.
+    rescorer: what else than the heads' scores a path is worth.
   """
 
   method: str
@@ -66,6 +70,19 @@ class DecodeSettings:
   verify_width: int
   max_length: int
   rule: AcceptanceRule = accept.ExactMatch()
+  top_k: int = 1
+  search: SearchSettings = SearchSettings()
+  rescorer: Rescorer = Rescorer()
+
+  @property
+  def depth(self) -> int:
+    """Steps of the lattice."""
+    return self.verify_width - 1
+
+  @property
+  def num_nodes(self) -> int:
+    """Nodes a call verifies."""
+    return self.search.nodes(self.depth)
 
   def __post_init__(self):
     if self.method not in METHODS:
@@ -80,6 +97,56 @@ class DecodeSettings:
       )
     if self.max_length < 1:
       raise InputError("max_length", self.max_length, "a positive integer")
+    if self.top_k < 1:
+      raise InputError("top_k", self.top_k, "a positive integer")
+    if self.method != "blockwise" and self.top_k > 1:
+      raise InputError("top_k", self.top_k, f"1 for method {self.method!r}, which has one draft")
+    self.search.check(self.depth, self.top_k)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scoring:
+  """A scorer ready to be added to the heads' scores.
+
+  Attributes:
+    scorer: what judges.
+    params: what it reads.
+    weight: how much its log-probabilities count beside the heads', at least 0; one
+      number, or one for each step of the lattice.
+    entropy_power: the weight is multiplied by the entropy of the step's candidates
+      to this power.
+  """
+
+  scorer: Scorer
+  params: Any = ()
+  weight: float | tuple[float, ...] = 1.0
+  entropy_power: float = 0.0
+
+
+def rescorer_params(scoring: Sequence[Scoring], depth: int) -> RescorerParams:
+  """Weights and parameters of scorers, for a lattice of `depth` steps.
+
+  Raises:
+    InputError: for a weight that is negative, isn't finite, or isn't one a step.
+  """
+  by_step = []
+  for number, part in enumerate(scoring):
+    field = f"scoring[{number}].weight"
+    weight = np.asarray(part.weight, np.float32)
+    if weight.ndim and weight.shape[0] < depth:
+      raise InputError(field, f"{weight.shape[0]} numbers", f"one, or {depth}, one a step")
+    if not np.isfinite(weight).all() or (weight < 0).any():
+      raise InputError(field, part.weight, "finite and at least 0")
+    if not np.isfinite(part.entropy_power):
+      raise InputError(f"scoring[{number}].entropy_power", part.entropy_power, "finite")
+    by_step.append(np.broadcast_to(weight[:depth] if weight.ndim else weight, (depth,)))
+  if not by_step:
+    return RescorerParams()
+  powers = np.array([part.entropy_power for part in scoring], np.float32)
+  return RescorerParams(
+      Weights(jnp.asarray(np.stack(by_step)), jnp.asarray(powers)),
+      tuple(part.params for part in scoring),
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,18 +154,37 @@ class Call:
   """One decoder call of a row.
 
   Attributes:
-    draft: drafted tokens that were verified, in the order of the nodes.
+    draft: drafted tokens that were verified, a parent before its children.
     emitted: tokens that the call made certain.
+    parents: of each drafted token, its index in `draft`, -1 for a child of the
+      root; None where each follows the one before it.
   """
 
   draft: list[int]
   emitted: list[int]
+  parents: list[int] | None = None
+
+  @property
+  def accepted(self) -> list[int]:
+    """Indices in `draft` of the nodes that the emitted tokens go through."""
+    parents = range(-1, len(self.draft) - 1) if self.parents is None else self.parents
+    nodes, last = [], -1
+    for token in self.emitted:
+      fits = [
+          node for node, parent in enumerate(parents)
+          if parent == last and self.draft[node] == token
+      ]
+      if not fits:
+        break
+      # Paths that aren't merged have several nodes for one prefix.
+      last = fits[0]
+      nodes.append(last)
+    return nodes
 
   @property
   def num_accepted(self) -> int:
     """How many emitted tokens had been drafted."""
-    same = [a == b for a, b in zip(self.draft, self.emitted)]
-    return same.index(False) if False in same else len(same)
+    return len(self.accepted)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,11 +220,13 @@ def check_settings(config: ModelConfig, settings: DecodeSettings) -> None:
     raise InputError(
         "block_size", settings.block_size, f"1 … {config.block_size}, the model's heads"
     )
+  if settings.top_k > config.vocab_size:
+    raise InputError("top_k", settings.top_k, f"at most {config.vocab_size}, the vocabulary")
 
 
 def make_drafter(model: EncoderDecoder, settings: DecodeSettings) -> Drafter:
   """The drafter of a method; its parameters are the model's decode view."""
-  depth = settings.verify_width - 1
+  depth = settings.depth
   if settings.method == "greedy" or depth == 0:
     return EmptyDrafter()
   if settings.method == "reference":
@@ -147,7 +235,7 @@ def make_drafter(model: EncoderDecoder, settings: DecodeSettings) -> Drafter:
   def read_logits(view, step, depth):
     return model.apply({"params": view}, step.hidden, depth, method="head_logits")
 
-  return HeadsDrafter(depth, read_logits)
+  return HeadsDrafter(depth, read_logits, settings.top_k)
 
 
 def prefill(model: EncoderDecoder, view: Any, tokens: jax.Array, lengths: jax.Array) -> Context:
@@ -169,17 +257,21 @@ def start_state(
     model: EncoderDecoder,
     settings: DecodeSettings,
     limits: jax.Array,
-    drafter_inputs: Any,
+    prompt: Prompt | None,
     key: jax.Array,
+    params: RescorerParams = RescorerParams(),
 ) -> loop.DecodeState:
-  """The loop's state before the first call; [batch] limits, 0 for dead rows."""
-  config, width = model.config, settings.verify_width
+  """The loop's state before the first call; [batch] limits, 0 for dead rows.
+
+  `prompt` may be None where neither drafter nor scorers read it.
+  """
+  config, depth = model.config, settings.depth
   drafter = make_drafter(model, settings)
   cache = empty_cache(
       config.num_decoder_layers,
       limits.shape[0],
       config.num_heads,
-      cache_length(settings.max_length, width - 1),
+      cache_length(settings.max_length, depth),
       config.d_kv,
       config.dtype,
   )
@@ -192,12 +284,13 @@ def start_state(
   hidden = jnp.zeros([limits.shape[0], config.d_model], config.dtype)
   return loop.initial_state(
       cache,
-      loop.empty_step(hidden, width - 1),
-      drafter.init(None, drafter_inputs),
+      loop.empty_step(hidden, depth),
+      drafter.init(None, prompt),
+      settings.rescorer.init(params, prompt),
       limits=limits,
       start_id=config.pad_id,
       max_length=settings.max_length,
-      num_nodes=width,
+      num_nodes=settings.num_nodes,
       key=key,
   )
 
@@ -208,6 +301,7 @@ def decode_batch(
     view: Any,
     context: Context,
     state: loop.DecodeState,
+    params: RescorerParams = RescorerParams(),
 ) -> loop.DecodeState:
   """Decodes a batch to its end; jit it with `state` donated."""
 
@@ -227,7 +321,9 @@ def decode_batch(
       make_drafter(model, settings),
       view,
       state,
-      search=functools.partial(search.chain, num_nodes=settings.verify_width),
+      search=settings.search.make(settings.depth),
+      rescorer=settings.rescorer,
+      rescorer_params=params,
       rule=settings.rule,
       eos_id=model.config.eos_id,
   )
@@ -287,6 +383,9 @@ class Generator:
       *,
       block_size: int | None = None,
       verify_width: int | None = None,
+      top_k: int = 1,
+      search: SearchSettings = SearchSettings(),
+      scoring: Sequence[Scoring] = (),
       max_length: int = 128,
       batch_size: int = 8,
       rule: AcceptanceRule = accept.ExactMatch(),
@@ -303,7 +402,12 @@ class Generator:
       method: "greedy", "blockwise" (the model's parallel heads), or "reference"
         (drafts are copied from `references`).
       block_size: h, the most tokens a call emits; the model's by default.
-      verify_width: nodes a call verifies, at most h, which is the default.
+      verify_width: tokens a call verifies along a path, at most h, which is the
+        default.
+      top_k: candidates that each head offers, k of the lattice.
+      search: which paths through the lattice are verified; by default its best
+        candidate at each step.
+      scoring: scorers that re-score the lattice before it is searched.
       max_length: most tokens of an output.
       batch_size: rows decoded together; the last batch is filled with dead rows.
       rule: which drafted tokens pass; the default is exact.
@@ -319,7 +423,10 @@ class Generator:
     Raises:
       InputError: naming the argument, before anything is compiled.
     """
-    settings = self.settings(method, block_size, verify_width, max_length, rule)
+    settings = self.settings(
+        method, block_size, verify_width, max_length, rule, top_k, search, scoring
+    )
+    params = rescorer_params(scoring, settings.depth)
     self.partitioning.check_batch(batch_size)
     rows = self.encode_prompts(prompts, buckets)
     limits = self._check_limits(limits, len(rows), max_length)
@@ -340,7 +447,7 @@ class Generator:
       before, began = self.num_compilations, time.perf_counter()
       state = self._decode_rows(
           settings, batch, rows, limits, references, buckets, batch_size,
-          jax.random.fold_in(key, number),
+          jax.random.fold_in(key, number), params,
       )
       seconds.append(time.perf_counter() - began)
       is_warm.append(self.num_compilations == before)
@@ -357,7 +464,8 @@ class Generator:
 
   def settings(
       self, method: str, block_size: int | None = None, verify_width: int | None = None,
-      max_length: int = 128, rule: AcceptanceRule = accept.ExactMatch(),
+      max_length: int = 128, rule: AcceptanceRule = accept.ExactMatch(), top_k: int = 1,
+      search: SearchSettings = SearchSettings(), scoring: Sequence[Scoring] = (),
   ) -> DecodeSettings:
     """What `generate` compiles for these arguments, with its defaults filled in.
 
@@ -367,7 +475,10 @@ class Generator:
     if block_size is None:
       block_size = 1 if method == "greedy" else self.config.block_size
     width = block_size if verify_width is None else verify_width
-    settings = DecodeSettings(method, block_size, width, max_length, rule)
+    rescorer = Rescorer(tuple(part.scorer for part in scoring))
+    settings = DecodeSettings(
+        method, block_size, width, max_length, rule, top_k, search, rescorer
+    )
     check_settings(self.config, settings)
     return settings
 
@@ -414,7 +525,7 @@ class Generator:
     return list(limits)
 
   def _decode_rows(
-      self, settings, batch, rows, limits, references, buckets, batch_size, key
+      self, settings, batch, rows, limits, references, buckets, batch_size, key, params
   ) -> loop.DecodeState:
     """Decodes one batch and brings what is read of it to the host."""
     longest = max(len(rows[i]) for i in batch)
@@ -433,12 +544,13 @@ class Generator:
         reference = list(references[i])[: settings.max_length]
         known[slot, : len(reference)] = reference
     place = lambda x, *names: jax.device_put(x, self.partitioning.sharding(names))
-    context = _PREFILL(
-        self.model, self.view, place(tokens, "batch", "length"), place(lengths, "batch")
+    prompt = Prompt(
+        place(tokens, "batch", "length"), place(lengths, "batch"),
+        None if known is None else place(known, "batch", "length"),
     )
-    drafter_inputs = None if known is None else place(known, "batch", "length")
-    state = _START(self.model, settings, place(row_limits, "batch"), drafter_inputs, key)
-    state = _DECODE(self.model, settings, self.view, context, state)
+    context = _PREFILL(self.model, self.view, prompt.tokens, prompt.lengths)
+    state = _START(self.model, settings, place(row_limits, "batch"), prompt, key, params)
+    state = _DECODE(self.model, settings, self.view, context, state, params)
     return jax.device_get(
         {
             "tokens": state.tokens, "num_tokens": state.num_tokens,
@@ -473,8 +585,19 @@ def _read_row(state: dict[str, Any], slot: int) -> tuple[np.ndarray, int, list[C
   trace, start = [], 0
   for call in range(calls):
     end = start + int(state["trace"].num_emitted[slot, call])
-    draft = state["trace"].drafts[slot, call, 1:]
-    trace.append(Call(draft[draft >= 0].tolist(), tokens[start:end].tolist()))
+    draft, parents = (
+        x[slot, call] for x in (state["trace"].drafts, state["trace"].parents)
+    )
+    # Node 0, the root, is valid; so numbers of valid nodes begin at its 0.
+    is_valid = draft >= 0
+    number = np.cumsum(is_valid) - 1
+    is_valid[0] = False
+    trace.append(
+        Call(
+            draft[is_valid].tolist(), tokens[start:end].tolist(),
+            (number[parents[is_valid]] - 1).tolist(),
+        )
+    )
     start = end
   return tokens, calls, trace
 

@@ -133,7 +133,7 @@ MUTATIONS = (
              "prompts = {task.name: _encode(model, task, rows[task.name]) for task in tasks}",
              'prompts = {name: [x["inputs"] for x in rows[name]] for name in rows}', EVALUATE),
     Mutation("rejected tokens shown as accepted", "decode.py",
-             "(REJECTED, call.draft[accepted:])", "(ACCEPTED, call.draft[accepted:])",
+             "(REJECTED, rejected)]", "(ACCEPTED, rejected)]",
              ("tests/test_decode.py",)),
     Mutation("the base model's token shown as drafted", "decode.py",
              "(BASE, call.emitted[accepted:])", "(ACCEPTED, call.emitted[accepted:])",

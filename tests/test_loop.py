@@ -14,7 +14,7 @@ from bpd_jax.decoding import accept, loop, search
 from bpd_jax.decoding.cache import cache_length
 from bpd_jax.decoding.drafters.empty import EmptyDrafter
 from bpd_jax.decoding.drafters.reference import ReferenceDrafter
-from bpd_jax.decoding.types import Lattice, Tree
+from bpd_jax.decoding.types import Lattice, Prompt, Tree
 
 MODEL = TableModel(vocab_size=7)
 START = 0
@@ -28,8 +28,8 @@ class NoisyDrafter:
 
   depth: int
 
-  def init(self, params, inputs):
-    return inputs, jnp.zeros([inputs.shape[0]], jnp.int32)
+  def init(self, params, prompt):
+    return prompt.tokens, jnp.zeros([prompt.tokens.shape[0]], jnp.int32)
 
   def propose(self, params, state, step, key):
     table, num_tokens = state
@@ -46,7 +46,7 @@ def run(drafter, inputs, seed, eos_position, limits, find_tree, num_nodes, max_d
   state = loop.initial_state(
       MODEL.empty_cache(len(seed), cache_length(MAX_LENGTH, max_depth)),
       loop.empty_step(hidden, max_depth),
-      drafter.init((), inputs),
+      drafter.init((), Prompt(inputs, limits, inputs)),
       limits=limits,
       start_id=START,
       max_length=MAX_LENGTH,
@@ -170,7 +170,7 @@ def random_tree(lattice, root, parents, candidate):
 
 @functools.partial(jax.jit, static_argnames=("drafter",))
 def decode_trees(drafter, table, seed, eos_position, limits, parents, candidate):
-  find_tree = lambda lattice, root: random_tree(lattice, root, parents, candidate)
+  find_tree = lambda lattice, root, score: random_tree(lattice, root, parents, candidate)
   return run(
       drafter, table, seed, eos_position, limits, find_tree,
       parents.shape[1], drafter.depth, accept.ExactMatch(),

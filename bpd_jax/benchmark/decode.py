@@ -38,6 +38,7 @@ from bpd_jax.benchmark.engines import (
     Spread,
     Worker,
 )
+from bpd_jax.decoding.types import Prompt
 from bpd_jax.errors import InputError
 from bpd_jax.generation import DecodeSettings
 from bpd_jax.interchange.huggingface import export_model
@@ -140,7 +141,10 @@ class Decoder:
     settings = DecodeSettings(method, width, width, self.options.output_length)
     limits = np.full([context.mask.shape[0]], num_tokens, np.int32)
     began = time.perf_counter()
-    state = self._start(settings, limits, references, jax.random.key(0))
+    prompt = None
+    if references is not None:
+      prompt = Prompt(references[:, :0], limits, references)
+    state = self._start(settings, limits, prompt, jax.random.key(0))
     state = jax.block_until_ready(self._decode(settings, self.view, context, state))
     seconds = time.perf_counter() - began
     return np.asarray(state.tokens)[:, :num_tokens], int(state.call), seconds

@@ -1,4 +1,4 @@
-"""The decode loop: draft, search, verify, accept, commit, until every row ends.
+"""The decode loop: draft, re-score, search, verify, accept, commit, until every row ends.
 
 One `lax.while_loop`, batched, every row at its own pace; nothing goes to the
 host until it ends. Greedy decoding is this loop with an empty draft. With the
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from bpd_jax.decoding import accept as acceptance
 from bpd_jax.decoding.cache import commit, write_rows
+from bpd_jax.decoding.rescoring import Rescorer, RescorerParams
 from bpd_jax.decoding.types import (
     AcceptanceRule,
     Array,
@@ -34,11 +35,13 @@ class Trace:
   Attributes:
     drafts: [batch, calls, nodes] int32, the tokens of the verified nodes, root
       first; -1 where a node was not valid or no call was made.
+    parents: [batch, calls, nodes] int32, of each node; -1 for the root.
     num_emitted: [batch, calls] int32, tokens emitted by each call, 0 after the
       row's end.
   """
 
   drafts: Array
+  parents: Array
   num_emitted: Array
 
 
@@ -57,6 +60,7 @@ class DecodeState:
     cache: the committed prefix.
     step: what the last call made certain.
     drafter: the drafter's own state.
+    rescorer: the scorers' states.
     trace: see `Trace`.
     call: [] int32, calls of the loop so far.
     key: a jax.random key.
@@ -71,6 +75,7 @@ class DecodeState:
   cache: Cache
   step: Step
   drafter: Any
+  rescorer: Any
   trace: Trace
   call: Array
   key: Array
@@ -80,6 +85,7 @@ def initial_state(
     cache: Cache,
     step: Step,
     drafter_state: Any,
+    rescorer_state: Any = (),
     *,
     limits: Array,
     start_id: int,
@@ -94,6 +100,7 @@ def initial_state(
     step: a step with `num_tokens` 0 and the shapes that the loop produces; see
       `empty_step`.
     drafter_state: from `drafter.init`.
+    rescorer_state: from `rescorer.init`.
     limits: [batch] int32, at most `max_length`.
     start_id: the decoder's start token.
     max_length: most tokens of any row (static).
@@ -111,8 +118,10 @@ def initial_state(
       cache=cache,
       step=step,
       drafter=drafter_state,
+      rescorer=rescorer_state,
       trace=Trace(
           drafts=jnp.full([batch, max_length, num_nodes], -1, jnp.int32),
+          parents=jnp.full([batch, max_length, num_nodes], -1, jnp.int32),
           num_emitted=jnp.zeros([batch, max_length], jnp.int32),
       ),
       call=jnp.zeros([], jnp.int32),
@@ -146,6 +155,8 @@ def decode(
     state: DecodeState,
     *,
     search: Search,
+    rescorer: Rescorer = Rescorer(),
+    rescorer_params: RescorerParams = RescorerParams(),
     rule: AcceptanceRule = acceptance.ExactMatch(),
     eos_id: int,
 ) -> DecodeState:
@@ -156,7 +167,9 @@ def decode(
     drafter: proposes lattices.
     drafter_params: its parameters, any pytree.
     state: from `initial_state`; donate it to the jitted caller.
-    search: from a lattice and the root to a tree.
+    search: from a lattice, the root and what paths are worth to a tree.
+    rescorer: what else than the drafter's scores a path is worth.
+    rescorer_params: its weights and its scorers' parameters.
     rule: which drafted tokens pass.
     eos_id: the id that ends a row.
 
@@ -169,7 +182,9 @@ def decode(
     lattice, drafter_state = drafter.propose(
         drafter_params, state.drafter, state.step, key
     )
-    tree = search(lattice, state.root)
+    rescorer_state = rescorer.start(rescorer_params, state.rescorer, state.step)
+    score = rescorer.path_score(rescorer_params, rescorer_state, lattice)
+    tree = search(lattice, state.root, score)
     verified = verify(state.cache, tree)
     step = acceptance.accept(rule, tree, verified, eos_id=eos_id)
     budget = jnp.where(state.is_done, 0, state.limits - state.num_tokens)
@@ -182,13 +197,11 @@ def decode(
         step.tokens, jnp.maximum(step.num_tokens - 1, 0)[:, None], axis=1
     )[:, 0]
     drafts = jnp.where(tree.is_valid & ~state.is_done[:, None], tree.tokens, -1)
-    trace = Trace(
-        drafts=jax.lax.dynamic_update_index_in_dim(
-            state.trace.drafts, drafts, state.call, axis=1
-        ),
-        num_emitted=jax.lax.dynamic_update_index_in_dim(
-            state.trace.num_emitted, step.num_tokens, state.call, axis=1
-        ),
+    parents = jnp.broadcast_to(tree.parents, drafts.shape)
+    called = Trace(drafts=drafts, parents=parents, num_emitted=step.num_tokens)
+    trace = jax.tree.map(
+        lambda old, new: jax.lax.dynamic_update_index_in_dim(old, new, state.call, axis=1),
+        state.trace, called,
     )
     return state.replace(
         tokens=write_rows(state.tokens, step.tokens, state.num_tokens, axis=1),
@@ -199,6 +212,7 @@ def decode(
         cache=commit(state.cache, verified, step),
         step=step,
         drafter=drafter_state,
+        rescorer=rescorer_state,
         trace=trace,
         call=state.call + 1,
     )

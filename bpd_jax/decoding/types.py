@@ -1,15 +1,16 @@
 """The arrays that the parts of the decode loop hand to each other.
 
-A drafter proposes a `Lattice`; a search turns it into a `Tree`; `Verify` runs
-one decoder call over the tree; an acceptance rule turns the answer into a
-`Step`, what this call made certain. Everything is batched and every row moves
-at its own pace.
+A drafter proposes a `Lattice`; scorers re-score it; a search turns it into a
+`Tree`; `Verify` runs one decoder call over the tree; an acceptance rule turns the
+answer into a `Step`, what this call made certain. Everything is batched and every
+row moves at its own pace.
 
 Words. *Prefix*: the tokens that are certain. *Root*: the newest certain token,
 emitted but not yet fed to the decoder. It is node 0 of every tree.
 """
 
 from collections.abc import Callable
+import dataclasses
 from typing import Any, Protocol
 
 from flax import struct
@@ -118,8 +119,42 @@ class Step:
   probes: Array | None = None
 
 
+@struct.dataclass
+class Prompt:
+  """The inputs of a batch, as drafters and scorers may read them.
+
+  Attributes:
+    tokens: [batch, input length] int32, the encoder's input tokens.
+    lengths: [batch] int32, how many of them count.
+    references: [batch, length] int32, a text that is known beforehand; None but
+      for the methods that show what is possible.
+  """
+
+  tokens: Array
+  lengths: Array
+  references: Array | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class PathScore:
+  """What a search maximises: a sum over the steps of a path through a lattice.
+
+  Attributes:
+    context: how many of the newest drafted tokens an addend depends on; -1 for
+      all of them (static).
+    addends: (history [batch, paths, n] int32, i) -> [batch, paths, k], what each
+      candidate of step i adds to each of the paths whose newest drafted tokens are
+      `history`, newest last; n = min(i, context), or i where context is -1.
+    bounds: [batch, depth], which no addend of a step exceeds.
+  """
+
+  context: int
+  addends: Callable[[Array, int], Array]
+  bounds: Array
+
+
 Verify = Callable[[Cache, Tree], Verified]
-Search = Callable[[Lattice, Array], Tree]
+Search = Callable[[Lattice, Array, PathScore], Tree]
 
 
 class Drafter(Protocol):
@@ -131,7 +166,7 @@ class Drafter(Protocol):
 
   depth: int
 
-  def init(self, params: Any, inputs: Any) -> Any:
+  def init(self, params: Any, prompt: Prompt) -> Any:
     """Makes the state (any pytree, arrays batch first) from the inputs."""
 
   def propose(
@@ -140,6 +175,39 @@ class Drafter(Protocol):
     """Drafts after `step`, the tokens certain since the last proposal.
 
     Before the first call `step.num_tokens` is 0 and `step.hidden` is zero.
+    """
+
+
+class Scorer(Protocol):
+  """Judges candidates by the tokens before them, whatever the drafter thinks.
+
+  Attributes:
+    context: how many of the newest drafted tokens a score depends on, besides all
+      tokens that are certain; -1 for the whole draft (static).
+  """
+
+  context: int
+
+  def init(self, params: Any, prompt: Prompt) -> Any:
+    """Makes the state (any pytree, arrays batch first) from the inputs."""
+
+  def start(self, params: Any, state: Any, step: Step) -> Any:
+    """Takes in `step`, the tokens certain since the last call; the last is the root."""
+
+  def score(
+      self, params: Any, state: Any, history: Array, candidates: Array, i: int
+  ) -> Array:
+    """Log-probabilities, at most 0, of a step's candidates.
+
+    Args:
+      params: the scorer's.
+      state: from `start`.
+      history: [batch, paths, n] int32, the newest drafted tokens, newest last.
+      candidates: [batch, k] int32, of step i.
+      i: the step, 0 for the token after the root (static).
+
+    Returns:
+      [batch, paths, k].
     """
 
 

@@ -4,7 +4,7 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from bpd_jax.decoding.types import Array, Lattice, Step
+from bpd_jax.decoding.types import Array, Lattice, Prompt, Step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -13,7 +13,7 @@ class EmptyDrafter:
 
   depth = 0
 
-  def init(self, params, inputs) -> tuple[()]:
+  def init(self, params, prompt: Prompt) -> tuple[()]:
     return ()
 
   def propose(self, params, state, step: Step, key: Array) -> tuple[Lattice, tuple[()]]:

@@ -12,7 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from bpd_jax.decoding.lattice import top_k_lattice
-from bpd_jax.decoding.types import Array, Lattice, Step
+from bpd_jax.decoding.types import Array, Lattice, Prompt, Step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +30,7 @@ class HeadsDrafter:
   read_logits: Callable[[Any, Step, int], Array]
   top_k: int = 1
 
-  def init(self, params, inputs) -> tuple[()]:
+  def init(self, params, prompt: Prompt) -> tuple[()]:
     return ()
 
   def propose(self, params, state, step: Step, key: Array) -> tuple[Lattice, tuple[()]]:

@@ -10,7 +10,7 @@ import dataclasses
 from flax import struct
 import jax.numpy as jnp
 
-from bpd_jax.decoding.types import Array, Lattice, Step
+from bpd_jax.decoding.types import Array, Lattice, Prompt, Step
 
 
 @struct.dataclass
@@ -36,10 +36,10 @@ class ReferenceDrafter:
 
   depth: int
 
-  def init(self, params, inputs: Array) -> ReferenceState:
-    """Takes the reference, [batch, length] int32."""
+  def init(self, params, prompt: Prompt) -> ReferenceState:
+    """Takes `prompt.references`, [batch, length] int32."""
     return ReferenceState(
-        tokens=inputs, num_tokens=jnp.zeros([inputs.shape[0]], jnp.int32)
+        tokens=prompt.references, num_tokens=jnp.zeros([prompt.references.shape[0]], jnp.int32)
     )
 
   def propose(

@@ -1,0 +1,128 @@
+"""From a drafter's scores to what a path is worth: a weighted sum of scorers.
+
+A path d_1 … d_D through a lattice is worth Σ_i z_i(d_i) + Σ_s w_s,i r_s(d_i | before),
+with z the drafter's log-probabilities and r those of the scorers (Kim et al. 2024, §5).
+Head 1 isn't in the lattice, so it is never re-scored. Weights are traced: trying
+others compiles nothing.
+"""
+
+import dataclasses
+from typing import Any
+
+from flax import struct
+import jax.numpy as jnp
+
+from bpd_jax.decoding.types import Array, Lattice, PathScore, Prompt, Scorer, Step
+
+# A candidate that is none; finite, so that sums of it stay comparable.
+NEVER = -1e9
+
+
+@struct.dataclass
+class Weights:
+  """How much each scorer counts.
+
+  Attributes:
+    by_step: [scorers, depth], at least 0: w of each scorer at each step of the
+      lattice; the paper has one number for all steps.
+    entropy_power: [scorers]: w is multiplied by the entropy of the step's
+      candidates, in nats, to this power; 0 leaves it alone.
+  """
+
+  by_step: Array | None = None
+  entropy_power: Array | None = None
+
+
+def constant_weights(values: tuple[float, ...], depth: int, entropy_powers=None) -> Weights:
+  """One weight a scorer, the same at every step."""
+  values = jnp.asarray(values, jnp.float32)
+  powers = jnp.zeros_like(values) if entropy_powers is None else entropy_powers
+  return Weights(
+      by_step=jnp.broadcast_to(values[:, None], (values.shape[0], depth)),
+      entropy_power=jnp.asarray(powers, jnp.float32),
+  )
+
+
+def candidate_entropy(lattice: Lattice) -> Array:
+  """Entropy in nats of each step, [batch, depth]; all that aren't candidates are one outcome."""
+  probs = jnp.exp(lattice.scores)
+  known = -jnp.where(probs > 0, probs * lattice.scores, 0).sum(-1)
+  rest = jnp.maximum(1 - probs.sum(-1), 0)
+  return known - jnp.where(rest > 0, rest * jnp.log(jnp.where(rest > 0, rest, 1)), 0)
+
+
+@struct.dataclass
+class RescorerParams:
+  """All that a rescorer reads, traced.
+
+  Attributes:
+    weights: how much each scorer counts.
+    scorers: each one's own parameters.
+  """
+
+  weights: Weights = Weights()
+  scorers: tuple[Any, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Rescorer:
+  """Any number of scorers, added to the drafter's scores.
+
+  Attributes:
+    scorers: none leaves the lattice as the drafter made it.
+  """
+
+  scorers: tuple[Scorer, ...] = ()
+
+  @property
+  def context(self) -> int:
+    """Newest drafted tokens that a path's addends depend on; -1 for all."""
+    contexts = [scorer.context for scorer in self.scorers]
+    return -1 if -1 in contexts else max(contexts, default=0)
+
+  def init(self, params: RescorerParams, prompt: Prompt) -> tuple[Any, ...]:
+    """The scorers' states before the first call."""
+    pairs = zip(self.scorers, params.scorers, strict=True)
+    return tuple(scorer.init(own, prompt) for scorer, own in pairs)
+
+  def start(self, params: RescorerParams, state: tuple[Any, ...], step: Step) -> tuple[Any, ...]:
+    """Tells the scorers what became certain."""
+    each = zip(self.scorers, params.scorers, state, strict=True)
+    return tuple(scorer.start(own, before, step) for scorer, own, before in each)
+
+  def path_score(
+      self, params: RescorerParams, state: tuple[Any, ...], lattice: Lattice
+  ) -> PathScore:
+    """What a search maximises.
+
+    Steps beyond a row's `num_steps` add nothing for the first candidate and
+    `NEVER` for the others, so that a shorter row has no two paths that are one.
+    """
+    batch, depth, k = lattice.tokens.shape
+    is_drafted = jnp.arange(depth) < lattice.num_steps[:, None]  # [batch, depth]
+    is_first = jnp.arange(k) == 0
+    scores = jnp.where(
+        is_drafted[..., None], lattice.scores, jnp.where(is_first, 0, NEVER)
+    )
+    if self.scorers:
+      entropy = candidate_entropy(lattice)
+      power = params.weights.entropy_power[:, None, None]
+      factor = jnp.where(
+          power == 0, 1, jnp.maximum(entropy, 1e-6)[None] ** power
+      )  # [scorers, batch, depth]
+      by_row = jnp.where(is_drafted, params.weights.by_step[:, None, :depth] * factor, 0)
+
+    def addends(history: Array, i: int) -> Array:
+      total = jnp.broadcast_to(scores[:, None, i], history.shape[:2] + (k,))
+      each = zip(self.scorers, params.scorers, state)
+      for number, (scorer, own, before) in enumerate(each):
+        part = history
+        if 0 <= scorer.context < history.shape[-1]:
+          part = history[..., history.shape[-1] - scorer.context :]
+        if scorer.context == 0:
+          part = part[:, :1]
+        more = scorer.score(own, before, part, lattice.tokens[:, i], i)
+        total = total + by_row[number, :, i][:, None, None] * more.astype(total.dtype)
+      return total
+
+    return PathScore(self.context, addends, scores.max(-1))

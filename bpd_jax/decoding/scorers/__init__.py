@@ -1,0 +1,1 @@
+"""Scorers: what judges candidates by the tokens before them."""

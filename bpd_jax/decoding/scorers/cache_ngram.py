@@ -1,0 +1,107 @@
+"""Back-off n-grams counted on the device in the row's own input and output so far.
+
+What a row says again it says in the same words: names, signatures, quotations. The
+model is P_n(w | c) = (count(c w) + s P_{n-1}(w | c')) / (count(c) + s), down to the
+uniform distribution, over the row's input followed by its certain tokens. There is no
+table: a count is a comparison with every position of the buffer, [positions × n] a
+history, which a vector unit does faster than it could follow a hash.
+"""
+
+import dataclasses
+
+from flax import struct
+import jax.numpy as jnp
+
+from bpd_jax.decoding.cache import write_rows
+from bpd_jax.decoding.types import Array, Prompt, Step
+from bpd_jax.errors import InputError
+
+
+@struct.dataclass
+class CacheState:
+  """The text that is counted.
+
+  Attributes:
+    tokens: [batch, input length + max_length + slack] int32, the input padded to
+      the right with -1, then the certain tokens; -1 where nothing is yet.
+    num_tokens: [batch] int32, certain tokens.
+  """
+
+  tokens: Array
+  num_tokens: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheNgramScorer:
+  """Log-probabilities of n-grams of the input and the prefix.
+
+  Attributes:
+    max_length: most tokens of an output (static).
+    order: n, tokens of the longest n-gram.
+    smoothing: s, how many counts the shorter context's opinion is worth.
+    vocab_size: of the uniform distribution.
+    sees_input: whether the input is counted, besides the output.
+  """
+
+  max_length: int
+  vocab_size: int
+  order: int = 3
+  smoothing: float = 0.5
+  sees_input: bool = True
+
+  def __post_init__(self):
+    if self.order < 1:
+      raise InputError("CacheNgramScorer.order", self.order, "a positive integer")
+    if not self.smoothing > 0:
+      raise InputError("CacheNgramScorer.smoothing", self.smoothing, "above 0")
+
+  @property
+  def context(self) -> int:
+    return self.order - 1
+
+  def init(self, params, prompt: Prompt) -> CacheState:
+    batch, length = prompt.tokens.shape
+    slot = jnp.arange(length)
+    known = (slot < prompt.lengths[:, None]) & self.sees_input
+    # A block is written whole, at a row's end too.
+    room = jnp.full([batch, 2 * self.max_length + 2], -1, jnp.int32)
+    return CacheState(
+        tokens=jnp.concatenate([jnp.where(known, prompt.tokens, -1), room], axis=1),
+        num_tokens=jnp.zeros([batch], jnp.int32),
+    )
+
+  def start(self, params, state: CacheState, step: Step) -> CacheState:
+    slot = jnp.arange(step.tokens.shape[1])
+    block = jnp.where(slot < step.num_tokens[:, None], step.tokens, -1)
+    begin = state.tokens.shape[1] - (2 * self.max_length + 2)
+    tokens = write_rows(state.tokens, block, begin + state.num_tokens, axis=1)
+    return CacheState(tokens, state.num_tokens + step.num_tokens)
+
+  def score(
+      self, params, state: CacheState, history: Array, candidates: Array, i: int
+  ) -> Array:
+    batch, num_paths, n = history.shape
+    text = state.tokens
+    # The tokens before the candidate: the newest certain ones, then the path.
+    begin = text.shape[1] - (2 * self.max_length + 2)
+    back = jnp.arange(-(self.context - n), 0)
+    at = begin + state.num_tokens[:, None] + back
+    certain = jnp.take_along_axis(text, jnp.maximum(at, 0), axis=1)
+    certain = jnp.where(at >= begin, certain, -2)  # no output is that long yet
+    certain = jnp.broadcast_to(certain[:, None], (batch, num_paths, self.context - n))
+    before = jnp.concatenate([certain, history], axis=2)  # [batch, paths, order - 1]
+
+    is_token = (text >= 0).astype(jnp.float32)
+    is_candidate = (candidates[:, :, None] == text[:, None]).astype(jnp.float32)
+    matches = jnp.broadcast_to(is_token[:, None], (batch, num_paths, text.shape[1]))
+    probs = jnp.full([batch, num_paths, candidates.shape[1]], 1 / self.vocab_size)
+    for order in range(1, self.order + 1):
+      if order > 1:
+        # Positions whose token `order - 1` before is that of the history.
+        shifted = jnp.pad(text, ((0, 0), (order - 1, 0)), constant_values=-1)
+        same = shifted[:, None, : text.shape[1]] == before[..., 1 - order, None]
+        matches = matches * same
+      total = matches.sum(-1)[..., None]
+      counts = jnp.einsum("bwl,bkl->bwk", matches, is_candidate)
+      probs = (counts + self.smoothing * probs) / (total + self.smoothing)
+    return jnp.log(probs)

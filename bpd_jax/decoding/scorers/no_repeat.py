@@ -1,0 +1,37 @@
+"""The rule that a token doesn't follow itself: the control for every other scorer.
+
+Drafts of independent heads repeat tokens (Kim et al. 2024, §2.1). What a language
+model gains over this rule is more than removing those repeats.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from bpd_jax.decoding.types import Array, Prompt, Step
+
+
+@dataclasses.dataclass(frozen=True)
+class NoRepeatScorer:
+  """-1 for a candidate that equals the token before it, 0 for others."""
+
+  context = 1
+
+  def init(self, params, prompt: Prompt) -> Array:
+    """The root, [batch] int32; before the first call there is none."""
+    return jnp.full([prompt.tokens.shape[0]], -1, jnp.int32)
+
+  def start(self, params, state: Array, step: Step) -> Array:
+    return newest_token(state, step)
+
+  def score(self, params, state: Array, history: Array, candidates: Array, i: int) -> Array:
+    before = history[..., -1] if history.shape[-1] else state[:, None]
+    return -(candidates[:, None] == before[..., None]).astype(jnp.float32)
+
+
+def newest_token(old: Array, step: Step) -> Array:
+  """The last token that is certain, [batch]; `old` where a step made none certain."""
+  last = jnp.maximum(step.num_tokens - 1, 0)[:, None]
+  return jnp.where(
+      step.num_tokens > 0, jnp.take_along_axis(step.tokens, last, axis=1)[:, 0], old
+  )

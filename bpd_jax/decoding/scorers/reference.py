@@ -1,0 +1,38 @@
+"""Scores from a known text: with the base model's own output, the oracle.
+
+It takes at each step the right token wherever that is a candidate, so the path
+found is the one with the longest accepted prefix: what no re-scoring of the same
+lattice can exceed (Kim et al. 2024, §5.3).
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from bpd_jax.decoding.drafters.reference import ReferenceState
+from bpd_jax.decoding.types import Array, Prompt, Step
+
+
+@dataclasses.dataclass(frozen=True)
+class ReferenceScorer:
+  """0 for the reference's token, `WRONG` for others."""
+
+  context = 0
+  WRONG = -1e4
+
+  def init(self, params, prompt: Prompt) -> ReferenceState:
+    """Takes `prompt.references`, [batch, length] int32."""
+    return ReferenceState(
+        tokens=prompt.references,
+        num_tokens=jnp.zeros([prompt.references.shape[0]], jnp.int32),
+    )
+
+  def start(self, params, state: ReferenceState, step: Step) -> ReferenceState:
+    return state.replace(num_tokens=state.num_tokens + step.num_tokens)
+
+  def score(
+      self, params, state: ReferenceState, history: Array, candidates: Array, i: int
+  ) -> Array:
+    at = jnp.minimum(state.num_tokens + i, state.tokens.shape[1] - 1)
+    right = jnp.take_along_axis(state.tokens, at[:, None], axis=1)
+    return jnp.where(candidates == right, 0, self.WRONG)[:, None]
