@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from bpd_jax.ngram_lm import arrays
-from bpd_jax.ngram_lm.backoff import BackOff, Grams, join_sequences, keep_grams, unigrams
+from bpd_jax.ngram_lm.backoff import BackOff, Grams, join_sequences, unigrams
 from bpd_jax.ngram_lm.counts import count_grams
 from bpd_jax.ngram_lm.smoothing import kneser_ney
 
@@ -33,10 +33,7 @@ def without_some(model, seed):
   for n in range(1, model.order):
     context = model.orders[n].context
     keep.append(keep[-1][context] & (random.random(len(context)) < 2 / 3))
-  values = lambda arrays: tuple(array[kept] for array, kept in zip(arrays, keep))
-  return BackOff(
-      keep_grams(model.orders, keep), values(model.log_probs), values(model.back_offs)
-  )
+  return model.only(keep)
 
 
 def expected(model, history, candidates):

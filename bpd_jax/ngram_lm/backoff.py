@@ -89,27 +89,6 @@ def sorted_grams(
   return Grams(context, token, suffix, vocab_size), place
 
 
-def keep_grams(orders: Sequence[Grams], keep: Sequence[np.ndarray]) -> tuple[Grams, ...]:
-  """The tables with some n-grams only.
-
-  Args:
-    orders: order 1 first.
-    keep: [grams] bool for each order. Order 1 stays whole, and a kept n-gram's
-      context must be kept.
-  """
-  kept = [orders[0]]
-  for n in range(1, len(orders)):
-    grams, chosen = orders[n], keep[n]
-    if n == 1:
-      context, suffix = grams.context[chosen], grams.suffix[chosen]
-    else:
-      place = np.where(keep[n - 1], np.cumsum(keep[n - 1]) - 1, -1).astype(np.int32)
-      context, suffix = place[grams.context[chosen]], grams.suffix[chosen]
-      suffix = np.where(suffix < 0, -1, place[suffix])
-    kept.append(Grams(context, grams.token[chosen], suffix, grams.vocab_size))
-  return tuple(kept)
-
-
 def gram_tokens(orders: Sequence[Grams], n: int, part: slice = slice(None)) -> np.ndarray:
   """[n, grams] the tokens of the n-grams of order n, or of a part of them."""
   tokens, places = [], None
@@ -153,6 +132,21 @@ class BackOff:
     """N-grams of each order."""
     return [len(grams) for grams in self.orders]
 
+  def only(self, keep: Sequence[np.ndarray]) -> "BackOff":
+    """The model with some n-grams only; orders that have none left at the top are dropped.
+
+    Args:
+      keep: [grams] bool for each order. Order 1 stays whole, and a kept n-gram's
+        context must be kept.
+    """
+    order = max(n for n in range(1, self.order + 1) if keep[n - 1].any())
+    kept = lambda arrays: tuple(array[chosen] for array, chosen in zip(arrays, keep[:order]))
+    back_offs = kept(self.back_offs)
+    return dataclasses.replace(
+        self, orders=_keep_grams(self.orders[:order], keep), log_probs=kept(self.log_probs),
+        back_offs=(*back_offs[:-1], np.zeros_like(back_offs[-1])),
+    )
+
   def score(self, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Scores every token of sequences given those before it.
 
@@ -179,6 +173,26 @@ class BackOff:
     """exp of the mean negative log-probability of tokens; see `score`."""
     scores, _ = self.score(tokens)
     return math.exp(-scores[tokens != self.start_id].mean())
+
+
+def _keep_grams(orders: Sequence[Grams], keep: Sequence[np.ndarray]) -> tuple[Grams, ...]:
+  """The tables with some n-grams only.
+
+  Args:
+    orders: order 1 first.
+    keep: see `BackOff.only`.
+  """
+  kept = [orders[0]]
+  for n in range(1, len(orders)):
+    grams, chosen = orders[n], keep[n]
+    if n == 1:
+      context, suffix = grams.context[chosen], grams.suffix[chosen]
+    else:
+      place = np.where(keep[n - 1], np.cumsum(keep[n - 1]) - 1, -1).astype(np.int32)
+      context, suffix = place[grams.context[chosen]], grams.suffix[chosen]
+      suffix = np.where(suffix < 0, -1, place[suffix])
+    kept.append(Grams(context, grams.token[chosen], suffix, grams.vocab_size))
+  return tuple(kept)
 
 
 def join_sequences(

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from bpd_jax.ngram_lm.backoff import BackOff, Grams, keep_grams, LOG_ZERO
+from bpd_jax.ngram_lm.backoff import BackOff, Grams, LOG_ZERO
 from bpd_jax.ngram_lm.counts import Counts, cut_off
 
 # The cut-offs of Kim et al. 2024: trigrams that occur twice, 4-grams that occur 4 times.
@@ -72,9 +72,9 @@ def kneser_ney(
     if n == 0:
       probs = seen + weight / (counts.vocab_size - 1)
     else:
-      back_offs.append(np.log(weight)[keep[n - 1]])
+      back_offs.append(np.log(weight))
       probs = seen + weight[grams.context] * probs[grams.suffix]
-    log_probs.append(np.log(probs)[keep[n]])
+    log_probs.append(np.log(probs))
   return _finish(counts, keep, log_probs, back_offs)
 
 
@@ -137,10 +137,10 @@ def katz(
       unseen = ~is_seen & (np.arange(counts.vocab_size) != counts.start_id)
       probs = probs + unseen * (left / max(unseen.sum(), 1))
     else:
-      back_offs.append(_back_off(grams, is_seen, left, lower)[keep[n - 1]])
+      back_offs.append(_back_off(grams, is_seen, left, lower))
     lower = probs
     with np.errstate(divide="ignore"):
-      log_probs.append(np.log(probs)[keep[n]])
+      log_probs.append(np.log(probs))
   return _finish(counts, keep, log_probs, back_offs)
 
 
@@ -201,7 +201,8 @@ def _finish(
 ) -> BackOff:
   """The model of what is kept."""
   log_probs[0][counts.start_id] = LOG_ZERO
-  return BackOff(
-      keep_grams(counts.orders, keep), tuple(log_probs),
-      (*back_offs, np.zeros(len(log_probs[-1]))), counts.start_id, counts.eos_id,
+  back_offs.append(np.zeros(len(log_probs[-1])))
+  model = BackOff(
+      counts.orders, tuple(log_probs), tuple(back_offs), counts.start_id, counts.eos_id
   )
+  return model.only(keep)
