@@ -51,6 +51,7 @@ NEVER = {
         "bpd_jax.model", "bpd_jax.decoding", "bpd_jax.data", "gin", "tensorflow", "seqio"),
     "bpd_jax.generation": ("gin", "tensorflow", "seqio"),
     "bpd_jax.training": ("gin", "tensorflow", "seqio"),
+    "bpd_jax.ngram": ("tensorflow", "seqio"),
     "bpd_jax.train": ("tensorflow", "seqio"),
     "bpd_jax.evaluation": ("gin",),
     "bpd_jax.interchange": ("torch", "transformers", "gin"),
@@ -125,7 +126,9 @@ class Absent:
 sys.meta_path.insert(0, Absent())
 import jax
 import bpd_jax, bpd_jax.decoding, bpd_jax.evaluation, bpd_jax.interchange, bpd_jax.model
-for package in (bpd_jax.decoding, bpd_jax.evaluation, bpd_jax.interchange, bpd_jax.model):
+import bpd_jax.ngram_lm
+for package in (bpd_jax.decoding, bpd_jax.evaluation, bpd_jax.interchange, bpd_jax.model,
+                bpd_jax.ngram_lm):
   for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
     importlib.import_module(module.name)
 from bpd_jax.model.config import ModelConfig

@@ -48,8 +48,8 @@ def write_arpa(
   Args:
     path: gzipped where it ends in ".gz".
     model: what to write.
-    about: fields for the JSON file, which also gets order, n-grams, vocab_size and
-      the special ids. `vocabulary` is the fingerprint that `read_arpa` compares.
+    about: fields for the JSON file beside those of the model itself: order, n-grams,
+      vocab_size, special ids. `vocabulary` is the fingerprint that `read_arpa` compares.
     say: is told what begins.
 
   Raises:
@@ -77,14 +77,14 @@ def write_arpa(
         for begin in range(0, model.num_grams[n - 1], CHUNK):
           file.writelines(_lines(model, n, slice(begin, begin + CHUNK), words))
       file.write("\n\\end\\\n")
-    write_object(info_path(path), {
+    own = {
         "order": model.order,
         "num_grams": model.num_grams,
         "vocab_size": model.vocab_size,
         "start_id": model.start_id,
         "eos_id": model.eos_id,
-        **about,
-    })
+    }
+    write_object(info_path(path), {**own, **about, **own})
     partial.rename(path)
   except OSError as error:
     partial.unlink(missing_ok=True)

@@ -27,7 +27,7 @@ def prune_to_threshold(
     threshold: 1e-8, say: a part of the perplexity (Stolcke 1998, §3).
     say: is told what begins.
   """
-  check_number("threshold", threshold, "a number from 0 on", lambda value: value >= 0)
+  check_pruning(model.vocab_size, threshold=threshold)
   bound = math.log1p(threshold)
   return _prune(model, [change >= bound for change in _changes(model, say)], say)
 
@@ -40,15 +40,27 @@ def prune_to_count(model: BackOff, num_grams: int, say: Say = lambda text: None)
     num_grams: n-grams of all orders to keep, those of order 1 included, which all stay.
     say: is told what begins.
   """
-  check_count("n-grams", num_grams)
-  if num_grams < model.vocab_size:
-    raise InputError("n-grams", num_grams, f"{model.vocab_size} or more, as every token stays")
+  check_pruning(model.vocab_size, num_grams)
   changes = _changes(model, say)
   # Of equals, shorter ones first: what an n-gram needs comes before it.
   by_change = np.argsort(-np.concatenate(changes), kind="stable")
   keep = np.zeros(len(by_change), bool)
   keep[by_change[:num_grams]] = True
   return _prune(model, np.split(keep, np.cumsum(model.num_grams)[:-1]), say)
+
+
+def check_pruning(
+    vocab_size: int, num_grams: int | None = None, threshold: float | None = None
+) -> None:
+  """InputError where a model can't be pruned so far; None is for what isn't asked."""
+  if num_grams is not None and threshold is not None:
+    raise InputError("threshold", threshold, f"none beside {num_grams} n-grams to prune to")
+  if num_grams is not None:
+    check_count("n-grams", num_grams)
+    if num_grams < vocab_size:
+      raise InputError("n-grams", num_grams, f"{vocab_size} or more, as every token stays")
+  if threshold is not None:
+    check_number("threshold", threshold, "a number from 0 on", lambda value: value >= 0)
 
 
 def _changes(model: BackOff, say: Say) -> list[np.ndarray]:
