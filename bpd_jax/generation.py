@@ -22,8 +22,10 @@ from bpd_jax.decoding.drafters.empty import EmptyDrafter
 from bpd_jax.decoding.drafters.heads import HeadsDrafter
 from bpd_jax.decoding.drafters.reference import ReferenceDrafter
 from bpd_jax.decoding.rescoring import Rescorer, RescorerParams, Weights
+from bpd_jax.decoding.scorers.neural import NeuralScorer
+from bpd_jax.decoding.scorers.reference import ReferenceScorer
 from bpd_jax.decoding.search import SearchSettings
-from bpd_jax.decoding.types import AcceptanceRule, Drafter, Prompt, Scorer
+from bpd_jax.decoding.types import AcceptanceRule, Cache, Drafter, Prompt, Scorer
 from bpd_jax.decoding.verify import model_verify
 from bpd_jax.errors import InputError
 from bpd_jax.folders import PathLike
@@ -150,6 +152,42 @@ def rescorer_params(scoring: Sequence[Scoring], depth: int) -> RescorerParams:
 
 
 @dataclasses.dataclass(frozen=True)
+class ModelReader:
+  """A model as the language model of a `NeuralScorer`; its parameters are a decode view.
+
+  Attributes:
+    model: with `is_view`.
+    sees_input: whether its encoder reads the row's input; else it reads an EOS alone.
+  """
+
+  model: EncoderDecoder
+  sees_input: bool = True
+
+  def start(
+      self, view: Any, prompt: Prompt, max_length: int
+  ) -> tuple[Context, Cache, jax.Array]:
+    batch = prompt.tokens.shape[0]
+    tokens, lengths = prompt.tokens, prompt.lengths
+    if not self.sees_input:
+      tokens = jnp.full([batch, 1], self.model.config.eos_id, jnp.int32)
+      lengths = jnp.ones([batch], jnp.int32)
+    # The start token takes a slot, and a block is written whole.
+    cache = make_cache(self.model, batch, cache_length(max_length, max_length))
+    start = jnp.full([batch], self.model.config.pad_id, jnp.int32)
+    return prefill(self.model, view, tokens, lengths), cache, start
+
+  def read(self, view: Any, context: Context, cache: Cache, tokens, depth, visible):
+    hidden, keys, values, _ = self.model.apply(
+        {"params": view}, tokens, depth, visible, tuple(zip(cache.keys, cache.values)),
+        cache.lengths, context.cross, context.mask, method="decode_block",
+    )
+    return hidden, keys, values
+
+  def logits(self, view: Any, hidden: jax.Array) -> jax.Array:
+    return self.model.apply({"params": view}, hidden, method="logits")
+
+
+@dataclasses.dataclass(frozen=True)
 class Call:
   """One decoder call of a row.
 
@@ -253,6 +291,20 @@ def prefill(model: EncoderDecoder, view: Any, tokens: jax.Array, lengths: jax.Ar
   return Context(cross=cross, mask=mask)
 
 
+def make_cache(model: EncoderDecoder, batch: int, length: int) -> Cache:
+  """An empty cache for a model, where its mesh wants it."""
+  config = model.config
+  cache = empty_cache(
+      config.num_decoder_layers, batch, config.num_heads, length, config.d_kv, config.dtype
+  )
+  place = lambda leaves, *names: tuple(
+      model.partitioning.constrain(leaf, ("batch", "heads", *names)) for leaf in leaves
+  )
+  return cache.replace(
+      keys=place(cache.keys, "kv", "length"), values=place(cache.values, "length", "kv")
+  )
+
+
 def start_state(
     model: EncoderDecoder,
     settings: DecodeSettings,
@@ -267,20 +319,7 @@ def start_state(
   """
   config, depth = model.config, settings.depth
   drafter = make_drafter(model, settings)
-  cache = empty_cache(
-      config.num_decoder_layers,
-      limits.shape[0],
-      config.num_heads,
-      cache_length(settings.max_length, depth),
-      config.d_kv,
-      config.dtype,
-  )
-  place = lambda leaves, *names: tuple(
-      model.partitioning.constrain(leaf, ("batch", "heads", *names)) for leaf in leaves
-  )
-  cache = cache.replace(
-      keys=place(cache.keys, "kv", "length"), values=place(cache.values, "length", "kv")
-  )
+  cache = make_cache(model, limits.shape[0], cache_length(settings.max_length, depth))
   hidden = jnp.zeros([limits.shape[0], config.d_model], config.dtype)
   return loop.initial_state(
       cache,
@@ -340,6 +379,23 @@ _DECODE = jax.jit(decode_batch, static_argnums=(0, 1), donate_argnums=4)
 def num_compilations() -> int:
   """Programs compiled for decoding by this process: encoders, starts and loops."""
   return sum(program._cache_size() for program in (_PREFILL, _START, _DECODE))
+
+
+def neural_scoring(
+    generator: "Generator", weight: float | tuple[float, ...] = 1.0, *,
+    max_length: int = 128, sees_input: bool = True, entropy_power: float = 0.0,
+) -> Scoring:
+  """A small model of the same vocabulary as a scorer.
+
+  Args:
+    generator: the small model.
+    weight: see `Scoring`.
+    max_length: most tokens of an output, at least that of the decoding it is for.
+    sees_input: whether its encoder reads the inputs.
+    entropy_power: see `Scoring`.
+  """
+  scorer = NeuralScorer(ModelReader(generator.model, sees_input), max_length)
+  return Scoring(scorer, generator.view, weight, entropy_power)
 
 
 class Generator:
@@ -411,7 +467,8 @@ class Generator:
       max_length: most tokens of an output.
       batch_size: rows decoded together; the last batch is filled with dead rows.
       rule: which drafted tokens pass; the default is exact.
-      references: for "reference", the tokens to draft from, one list a prompt.
+      references: for "reference" and a `ReferenceScorer`, tokens that are known
+        beforehand, one list a prompt.
       limits: most tokens of each output, at most `max_length`.
       buckets: input lengths to pad to; the longest prompt must fit the last.
       seed: of drafters and rules that sample.
@@ -430,10 +487,13 @@ class Generator:
     self.partitioning.check_batch(batch_size)
     rows = self.encode_prompts(prompts, buckets)
     limits = self._check_limits(limits, len(rows), max_length)
-    if (references is None) == (method == "reference"):
+    wants_references = method == "reference" or any(
+        isinstance(part.scorer, ReferenceScorer) for part in scoring
+    )
+    if (references is None) == wants_references:
       raise InputError(
           "references", None if references is None else "given",
-          "one list of ids a prompt for method 'reference', None for the others",
+          "one list of ids a prompt for what reads them, None for all else",
       )
     if references is not None and len(references) != len(rows):
       raise InputError("references", f"{len(references)} lists", f"{len(rows)}, one a prompt")
@@ -452,7 +512,7 @@ class Generator:
       seconds.append(time.perf_counter() - began)
       is_warm.append(self.num_compilations == before)
       for slot, row in enumerate(batch):
-        done[row] = _read_row(state, slot)
+        done[row] = read_row(state, slot)
     tokens, calls, traces = (list(column) for column in zip(*(done[i] for i in range(len(rows)))))
     texts = None
     if self.vocabulary is not None:
@@ -578,7 +638,7 @@ def load(
   return Generator(config, params, partitioning, vocabulary)
 
 
-def _read_row(state: dict[str, Any], slot: int) -> tuple[np.ndarray, int, list[Call]]:
+def read_row(state: dict[str, Any], slot: int) -> tuple[np.ndarray, int, list[Call]]:
   """Tokens, calls and trace of one row of a decoded batch."""
   tokens = state["tokens"][slot, : state["num_tokens"][slot]]
   calls = int(state["num_calls"][slot])

@@ -91,3 +91,26 @@ def commit(cache: Cache, verified: Verified, step: Step) -> Cache:
       values=tuple(append(*pair, 2) for pair in zip(cache.values, verified.values)),
       lengths=cache.lengths + step.num_tokens,
   )
+
+
+def append_chain(
+    cache: Cache, keys: tuple[Array, ...], values: tuple[Array, ...], num_tokens: Array
+) -> Cache:
+  """Appends the first `num_tokens` of a chain of nodes to every row's prefix.
+
+  For a model beside the base model, whose nodes were certain before they were read.
+
+  Args:
+    cache: with room for the whole chain behind every row's length.
+    keys: one array a layer, [batch, heads, head_dim, nodes].
+    values: likewise, [batch, heads, nodes, head_dim].
+    num_tokens: [batch] int32.
+  """
+  write = lambda buffer, block, axis: write_rows(
+      buffer, block.astype(buffer.dtype), cache.lengths, axis=axis
+  )
+  return Cache(
+      keys=tuple(write(*pair, 3) for pair in zip(cache.keys, keys)),
+      values=tuple(write(*pair, 2) for pair in zip(cache.values, values)),
+      lengths=cache.lengths + num_tokens,
+  )

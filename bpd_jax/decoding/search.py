@@ -379,5 +379,7 @@ def _largest_left(values: Array, taken: Array) -> Array:
 def _scatter(first: Array, at: Array, values: Array, length: int) -> Array:
   """[batch, length] with `first` at 0 and `values` where `at` says; beyond it, nowhere."""
   batch = first.shape[0]
-  out = jnp.zeros([batch, length], first.dtype).at[:, 0].set(first)
-  return out.at[jnp.arange(batch)[:, None], at].set(values.astype(first.dtype), mode="drop")
+  # A Python number is 64 bits wide where those are switched on.
+  dtype = jnp.int32 if jnp.issubdtype(first.dtype, jnp.integer) else first.dtype
+  out = jnp.zeros([batch, length], dtype).at[:, 0].set(first.astype(dtype))
+  return out.at[jnp.arange(batch)[:, None], at].set(values.astype(dtype), mode="drop")

@@ -1,8 +1,9 @@
 """Scores from a known text: with the base model's own output, the oracle.
 
 It takes at each step the right token wherever that is a candidate, so the path
-found is the one with the longest accepted prefix: what no re-scoring of the same
-lattice can exceed (Kim et al. 2024, §5.3).
+found is the one with the longest accepted prefix: in one call nothing that re-scores
+the same lattice accepts more (Kim et al. 2024, §5.3). Over a whole row it is no proven
+bound, as a shorter step can end where the heads see further.
 """
 
 import dataclasses

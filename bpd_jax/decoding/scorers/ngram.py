@@ -1,0 +1,50 @@
+"""Back-off n-grams from a corpus (Kim et al. 2024, §5.2)."""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from bpd_jax.decoding.types import Array, Prompt, Step
+from bpd_jax.errors import InputError
+from bpd_jax.ngram_lm.arrays import log_probs, NgramArrays
+
+
+@dataclasses.dataclass(frozen=True)
+class NgramScorer:
+  """Log-probabilities of a model of `bpd_jax.ngram_lm`; its arrays are the parameters.
+
+  Attributes:
+    order: n, at most that of the arrays.
+    start_id: what stands before the first token, as in the text that was counted.
+  """
+
+  order: int
+  start_id: int = 0
+
+  def __post_init__(self):
+    if self.order < 1:
+      raise InputError("NgramScorer.order", self.order, "a positive integer")
+
+  @property
+  def context(self) -> int:
+    return self.order - 1
+
+  def init(self, params: NgramArrays, prompt: Prompt) -> Array:
+    """The newest certain tokens, [batch, order - 1] int32, -1 where there is none."""
+    batch = prompt.tokens.shape[0]
+    none = jnp.full([batch, max(self.context - 1, 0)], -1, jnp.int32)
+    start = jnp.full([batch, min(self.context, 1)], self.start_id, jnp.int32)
+    return jnp.concatenate([none, start], axis=1)
+
+  def start(self, params: NgramArrays, state: Array, step: Step) -> Array:
+    both = jnp.concatenate([state, step.tokens], axis=1)
+    # What counts of `both` ends where the certain tokens do.
+    at = step.num_tokens[:, None] + jnp.arange(self.context)
+    return jnp.take_along_axis(both, at, axis=1)
+
+  def score(
+      self, params: NgramArrays, state: Array, history: Array, candidates: Array, i: int
+  ) -> Array:
+    batch, num_paths, n = history.shape
+    certain = jnp.broadcast_to(state[:, None, n:], (batch, num_paths, self.context - n))
+    return log_probs(params, jnp.concatenate([certain, history], axis=2), candidates)

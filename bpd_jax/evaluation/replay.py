@@ -1,0 +1,271 @@
+"""Drafts tried on a recording: the decode loop with a `Verify` that remembers.
+
+With exact acceptance every accepted prefix is a prefix of greedy's output, so one
+greedy pass with its hidden states answers for every drafter, scorer, search and width:
+block efficiency without a decoder call. The loop is the one that decodes; nodes that
+leave greedy's path answer -1, which no draft equals.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+import functools
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.progress import track
+
+from bpd_jax.decoding import loop
+from bpd_jax.decoding import tree as trees
+from bpd_jax.decoding.types import Cache, Prompt, Tree, Verified
+from bpd_jax.errors import InputError
+from bpd_jax.generation import (
+    DecodeSettings,
+    Generation,
+    Generator,
+    make_drafter,
+    read_row,
+    rescorer_params,
+    Scoring,
+)
+from bpd_jax.model.model import EncoderDecoder
+
+# Rows of a teacher-forced pass.
+RECORD_ROWS = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Recording:
+  """Greedy decoding of some prompts, with what its heads read.
+
+  Attributes:
+    fingerprint: of the model's parameters.
+    prompts: [rows, input length] int32, padded to the right.
+    prompt_lengths: [rows] int32.
+    tokens: [rows, max_length] int32, greedy's, valid below `lengths`.
+    lengths: [rows] int32.
+    hidden: [rows, max_length, d_model], the decoder's normed state from which greedy
+      chose each token.
+    margins: [rows, max_length] float32, by how much the chosen token's logit is above
+      the second.
+  """
+
+  fingerprint: str
+  prompts: np.ndarray
+  prompt_lengths: np.ndarray
+  tokens: np.ndarray
+  lengths: np.ndarray
+  hidden: np.ndarray
+  margins: np.ndarray
+
+  def __len__(self) -> int:
+    return len(self.tokens)
+
+  def rows(self, chosen: Sequence[int]) -> "Recording":
+    """Some of the rows."""
+    chosen = np.asarray(chosen, int)
+    fields = {
+        field.name: getattr(self, field.name) for field in dataclasses.fields(self)
+    }
+    return Recording(**{
+        name: value[chosen] if isinstance(value, np.ndarray) else value
+        for name, value in fields.items()
+    })
+
+  def save(self, path: str | Path) -> None:
+    """Writes it as an .npz file."""
+    fields = dataclasses.asdict(self)
+    with open(path, "wb") as file:
+      np.savez(file, **fields)
+
+
+def load_recording(path: str | Path, generator: Generator) -> Recording:
+  """Reads a recording of this very model.
+
+  Raises:
+    InputError: naming the file where it isn't a recording, or another checkpoint's.
+  """
+  try:
+    with np.load(path, allow_pickle=False) as file:
+      fields = {name: file[name] for name in file.files}
+    recording = Recording(**(fields | {"fingerprint": str(fields["fingerprint"])}))
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    raise InputError("recording", str(path), "a file of Recording.save") from error
+  wanted = params_fingerprint(generator.params)
+  if recording.fingerprint != wanted:
+    raise InputError(
+        "recording", f"{path} of checkpoint {recording.fingerprint}", f"one of {wanted}"
+    )
+  return recording
+
+
+def params_fingerprint(params: Any) -> str:
+  """Sixteen hexadecimal digits of all parameters."""
+  digest = hashlib.sha256()
+  for path, leaf in sorted(
+      jax.tree_util.tree_leaves_with_path(params), key=lambda x: jax.tree_util.keystr(x[0])
+  ):
+    digest.update(jax.tree_util.keystr(path).encode())
+    digest.update(np.ascontiguousarray(np.asarray(leaf)).tobytes())
+  return digest.hexdigest()[:16]
+
+
+def record(
+    generator: Generator, prompts: Sequence[Sequence[int]], greedy: Generation,
+    max_length: int, *, has_progress: bool = False,
+) -> Recording:
+  """Reads the states behind greedy's output by one teacher-forced pass.
+
+  Args:
+    generator: the model.
+    prompts: token ids, as `Generator.encode_prompts` gives them.
+    greedy: what it made of them.
+    max_length: most tokens of an output.
+    has_progress: whether to show a progress bar.
+  """
+  config, rows = generator.config, len(prompts)
+  longest = max(map(len, prompts))
+  inputs = np.full([rows, longest], config.pad_id, np.int32)
+  tokens = np.full([rows, max_length], config.pad_id, np.int32)
+  for row, (prompt, output) in enumerate(zip(prompts, greedy.tokens, strict=True)):
+    inputs[row, : len(prompt)] = prompt
+    tokens[row, : len(output)] = output
+  lengths = np.array([len(row) for row in greedy.tokens], np.int32)
+  prompt_lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+  model = EncoderDecoder(config, generator.partitioning)
+  hidden, margins = [], []
+  parts = range(0, rows, RECORD_ROWS)
+  for first in track(parts, "record", disable=not has_progress):
+    part = [min(i, rows - 1) for i in range(first, first + RECORD_ROWS)]
+    states, gaps = _teacher_force(
+        model, generator.params, inputs[part], prompt_lengths[part], tokens[part]
+    )
+    hidden.append(np.asarray(states))
+    margins.append(np.asarray(gaps))
+  return Recording(
+      params_fingerprint(generator.params), inputs, prompt_lengths, tokens, lengths,
+      np.concatenate(hidden)[:rows], np.concatenate(margins)[:rows],
+  )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _teacher_force(model, params, inputs, input_lengths, tokens):
+  """States [rows, length, d] that chose `tokens`, and margins [rows, length]."""
+  apply = lambda *args, method: model.apply({"params": params}, *args, method=method)
+  mask = jnp.arange(inputs.shape[1]) < input_lengths[:, None]
+  start = jnp.full_like(tokens[:, :1], model.config.pad_id)
+  before = jnp.concatenate([start, tokens[:, :-1]], axis=1)
+  hidden = apply(apply(inputs, mask, method="encode"), mask, before, method="decode")
+  best, _ = jax.lax.top_k(apply(hidden, method="logits"), 2)
+  return hidden, best[..., 0] - best[..., 1]
+
+
+def recorded_verify(tokens: jax.Array, hidden: jax.Array, start_id: int):
+  """`Verify` from a recording, for its rows.
+
+  Args:
+    tokens: [batch, length] int32, greedy's.
+    hidden: [batch, length, d].
+    start_id: the token at position 0.
+
+  Returns:
+    A function of (cache, tree); of the cache it reads the lengths.
+  """
+  length = tokens.shape[1]
+
+  def verify(cache: Cache, tree: Tree) -> Verified:
+    position = jnp.broadcast_to(cache.lengths[:, None] + tree.depth, tree.tokens.shape)
+    here = jnp.minimum(position, length - 1)
+    before = jnp.take_along_axis(tokens, jnp.maximum(here - 1, 0), axis=1)
+    own = jnp.where(position == 0, start_id, before)
+    is_right = (tree.tokens == own) & (position < length)
+    off = trees.ancestors(tree) & ~is_right[:, None, :]
+    is_on_path = ~off.any(-1)
+    return Verified(
+        choice=jnp.where(is_on_path, jnp.take_along_axis(tokens, here, axis=1), -1),
+        hidden=jnp.take_along_axis(hidden, here[..., None], axis=1),
+        keys=(), values=(),
+    )
+
+  return verify
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _replay(model, settings: DecodeSettings, view, tokens, hidden, limits, prompt, params):
+  config, batch = model.config, tokens.shape[0]
+  drafter = make_drafter(model, settings)
+  state = loop.initial_state(
+      Cache((), (), jnp.zeros([batch], jnp.int32)),
+      loop.empty_step(jnp.zeros([batch, config.d_model], hidden.dtype), settings.depth),
+      drafter.init(None, prompt), settings.rescorer.init(params, prompt),
+      limits=limits, start_id=config.pad_id, max_length=settings.max_length,
+      num_nodes=settings.num_nodes, key=jax.random.key(0),
+  )
+  return loop.decode(
+      recorded_verify(tokens, hidden, config.pad_id), drafter, view, state,
+      search=settings.search.make(settings.depth), rescorer=settings.rescorer,
+      rescorer_params=params, eos_id=config.eos_id,
+  )
+
+
+def replay(
+    generator: Generator, recording: Recording, *, batch_size: int = 64,
+    scoring: Sequence[Scoring] = (), **options: Any,
+) -> Generation:
+  """Decodes a recording's rows again, without the decoder.
+
+  Args:
+    generator: the recorded model.
+    recording: of its greedy output.
+    batch_size: rows together; the last batch is filled with dead rows.
+    scoring: as of `Generator.generate`.
+    **options: of `Generator.settings`: method, block_size, verify_width, top_k, search.
+
+  Returns:
+    Tokens, calls and traces as `Generator.generate` has them; no texts, no times.
+
+  Raises:
+    InputError: as `Generator.generate` does; for an approximate rule.
+  """
+  settings = generator.settings(
+      **{"method": "blockwise", "max_length": recording.tokens.shape[1]} | options,
+      scoring=scoring,
+  )
+  if settings.rule.reads_logits or type(settings.rule).__name__ != "ExactMatch":
+    raise InputError("rule", settings.rule, "exact acceptance, all that a recording can judge")
+  params = rescorer_params(scoring, settings.depth)
+  done = []
+  rows = len(recording)
+  for first in range(0, rows, batch_size):
+    part = np.minimum(np.arange(first, first + batch_size), rows - 1)
+    is_row = np.arange(first, first + batch_size) < rows
+    prompt = Prompt(
+        recording.prompts[part], recording.prompt_lengths[part], recording.tokens[part]
+    )
+    state = jax.device_get(_state_arrays(_replay(
+        generator.model, settings, generator.view, recording.tokens[part],
+        recording.hidden[part], np.where(is_row, recording.lengths[part], 0), prompt, params,
+    )))
+    done += [read_row(state, slot) for slot in range(int(is_row.sum()))]
+  tokens, calls, traces = (list(column) for column in zip(*done))
+  return Generation(tokens, calls, traces, None, [], [])
+
+
+def _state_arrays(state: loop.DecodeState) -> dict[str, Any]:
+  return {
+      "tokens": state.tokens, "num_tokens": state.num_tokens, "num_calls": state.num_calls,
+      "trace": state.trace,
+  }
+
+
+def count_calls(
+    generator: Generator, recording: Recording, **options: Any
+) -> tuple[np.ndarray, np.ndarray]:
+  """Tokens and calls of each row, [rows] each: all that a sweep needs."""
+  found = replay(generator, recording, **options)
+  return np.array([len(row) for row in found.tokens]), np.array(found.calls)
+
+
