@@ -81,40 +81,46 @@ def log_probs(arrays: NgramArrays, history: Array, candidates: Array) -> Array:
   candidates = jnp.clip(candidates, 0, arrays.vocab_size - 1)
   scores = _get(arrays.unigrams, candidates)[..., None, :]
   candidates = candidates[..., None, :]
-  for length in range(1, min(arrays.order - 1, history.shape[-1]) + 1):
-    node = _find_node(arrays, history[..., history.shape[-1] - length :])[..., None]
-    is_there, value = _probe(arrays, node, candidates)
-    scores = jnp.where(is_there, value, scores + _get(arrays.back_offs, node))
+  length = min(arrays.order - 1, history.shape[-1])
+  nodes = _find_nodes(arrays, history, length)
+  # What is a context's is read once, not once a candidate, because of the barrier.
+  firsts, masks, back_offs = jax.lax.optimization_barrier(
+      tuple(_get(array, nodes) for array in (arrays.buckets, arrays.masks, arrays.back_offs))
+  )
+  for i in range(length):
+    bucket = firsts[i, ..., None] + (candidates & masks[i, ..., None])
+    place = _get(arrays.displacements, bucket) + candidates
+    # Without this barrier XLA finds the place twice, once for each half of it.
+    place = 2 * jax.lax.optimization_barrier(place)
+    value = jax.lax.bitcast_convert_type(_get(arrays.slots, place + 1), jnp.float32)
+    is_there = _get(arrays.slots, place) == bucket
+    scores = jnp.where(is_there, value, scores + back_offs[i, ..., None])
   return jnp.broadcast_to(scores, (*history.shape[:-1], candidates.shape[-1]))
 
 
-def _find_node(arrays: NgramArrays, tokens: Array) -> Array:
-  """[...] int32 the node of n-grams [..., length]; the last node where there is none."""
+def _find_nodes(arrays: NgramArrays, history: Array, length: int) -> Array:
+  """[length, ..., histories] int32 nodes of the last 1, 2, … tokens; the last node for none.
+
+  A node is found from its first token on. Nodes that still need tokens take their next
+  ones at once, as many small operations would take longer at small batches.
+  """
+  if length == 0:
+    return jnp.zeros([0, *history.shape[:-1]], jnp.int32)
   nowhere = len(arrays.buckets) - 1
-  is_token = (tokens >= 0) & (tokens < arrays.vocab_size)
-  node = jnp.where(is_token[..., 0], tokens[..., 0], nowhere)
-  for i in range(1, tokens.shape[-1]):
-    token = jnp.where(is_token[..., i], tokens[..., i], 0)
-    place = _place(arrays, node, token)
-    is_there = _get(arrays.slots, 2 * place) == _bucket(arrays, node, token)
-    node = jnp.where(is_there & is_token[..., i], arrays.vocab_size + place, nowhere)
-  return node
-
-
-def _probe(arrays: NgramArrays, node: Array, token: Array) -> tuple[Array, Array]:
-  """Whether a node has an n-gram with this token, and its log-probability if so."""
-  # Without the barrier XLA finds the place twice, once for each half of it.
-  place = 2 * jax.lax.optimization_barrier(_place(arrays, node, token))
-  value = jax.lax.bitcast_convert_type(_get(arrays.slots, place + 1), jnp.float32)
-  return _get(arrays.slots, place) == _bucket(arrays, node, token), value
-
-
-def _place(arrays: NgramArrays, node: Array, token: Array) -> Array:
-  return _get(arrays.displacements, _bucket(arrays, node, token)) + token
-
-
-def _bucket(arrays: NgramArrays, node: Array, token: Array) -> Array:
-  return _get(arrays.buckets, node) + (token & _get(arrays.masks, node))
+  is_token = (history >= 0) & (history < arrays.vocab_size)
+  newest_first = lambda x: jnp.moveaxis(x, -1, 0)[::-1][:length]
+  node = newest_first(jnp.where(is_token, history, nowhere))
+  token, is_token = newest_first(jnp.where(is_token, history, 0)), newest_first(is_token)
+  found = [node[0]]
+  for left in range(length - 1, 0, -1):
+    # The first of what is left needs one token more, the newest; the next needs two.
+    node, token, is_token = node[1:], token[:left], is_token[:left]
+    bucket = _get(arrays.buckets, node) + (token & _get(arrays.masks, node))
+    place = _get(arrays.displacements, bucket) + token
+    is_there = (_get(arrays.slots, 2 * place) == bucket) & is_token
+    node = jnp.where(is_there, arrays.vocab_size + place, nowhere)
+    found.append(node[0])
+  return jnp.stack(found)
 
 
 def _get(array: Array, index: Array) -> Array:
