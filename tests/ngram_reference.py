@@ -62,7 +62,7 @@ class KneserNey:
   @staticmethod
   def _amounts(counts):
     n1, n2, n3, n4 = (sum(count == r for count in counts) for r in (1, 2, 3, 4))
-    if min(n1, n2, n3, n4) == 0:
+    if min(n1, n2, n3) == 0:
       return 0.5, 1, 1.5
     y = n1 / (n1 + 2 * n2)
     amounts = 1 - 2 * y * n2 / n1, 2 - 3 * y * n3 / n2, 3 - 4 * y * n4 / n3

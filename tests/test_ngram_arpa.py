@@ -3,6 +3,7 @@
 import gzip
 import json
 import math
+from pathlib import Path
 
 import jax
 import ngram_reference as reference
@@ -16,6 +17,7 @@ from bpd_jax.ngram_lm.counts import count_grams
 from bpd_jax.ngram_lm.pruning import prune_to_count
 from bpd_jax.ngram_lm.smoothing import katz, kneser_ney
 
+TESTDATA = Path(__file__).parent / "testdata"
 VOCAB = 40
 # As SRILM writes them: weights of what isn't a context left out, orders of words by text.
 SMALL = """\\data\\
@@ -199,6 +201,21 @@ def test_what_the_json_says_counts(tmp_path):
   beside.write_text("[]")
   with pytest.raises(InputError, match="small.json"):
     arpa.read_arpa(path)
+
+
+def test_kneser_ney_is_lmplzs():
+  """testdata/lmplz.arpa.gz is by lmplz of kenlm 0.3.0, from these sequences as lines.
+
+  lmplz -o 3 --discount_fallback --prune 0 0 1. To be made again when the sequences are
+  others, and then with one id that doesn't occur, which lmplz has as <unk>.
+  """
+  found = arpa.read_arpa(TESTDATA / "lmplz.arpa.gz", 24)
+  sequences = [x[x != 23] for x in reference.random_sequences(0, 24, 120)]
+  model = kneser_ney(count_grams(join_sequences(sequences, 24), 3, 24), (1, 1, 2))
+  for n in range(3):
+    np.testing.assert_array_equal(found.orders[n].keys, model.orders[n].keys)
+    np.testing.assert_allclose(found.log_probs[n], model.log_probs[n], atol=1e-6)
+    np.testing.assert_allclose(found.back_offs[n], model.back_offs[n], atol=1e-6)
 
 
 def kenlm_scores(path, sequences):

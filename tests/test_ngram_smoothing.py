@@ -151,7 +151,9 @@ def test_amounts_of_kneser_ney_by_hand():
   """n1 … n4 are 8, 4, 2, 1: Y = 8 / 16, so 1 - 4/8, 2 - 3 * 0.5 * 2/4, 3 - 4 * 0.5 * 1/2."""
   counts = np.repeat([0, 1, 2, 3, 4, 9], [5, 8, 4, 2, 1, 3])
   assert kneser_ney_amounts(counts) == (0.5, 1.25, 2.0)
-  assert kneser_ney_amounts(np.repeat([1, 2, 3], [8, 4, 2])) == (0.5, 1.0, 1.5)
+  assert kneser_ney_amounts(np.repeat([1, 2, 3], [8, 4, 2])) == (0.5, 1.25, 3.0)
+  for kinds in ([0, 4, 2, 1], [8, 0, 2, 1], [8, 4, 0, 1]):
+    assert kneser_ney_amounts(np.repeat([1, 2, 3, 4], kinds)) == (0.5, 1.0, 1.5)
   # n1 = 1, n2 = 9 asks to subtract 2 - 3 * 1/19 * 9/9, n4 = 90 a negative amount.
   assert kneser_ney_amounts(np.repeat([1, 2, 3, 4], [1, 9, 9, 900])) == (0.5, 1.0, 1.5)
 

@@ -81,14 +81,14 @@ def kneser_ney(
 def kneser_ney_amounts(adjusted: np.ndarray) -> tuple[float, float, float]:
   """What is subtracted from counts of 1, 2, and 3 or more (Chen & Goodman 1998, eq. 26).
 
-  `FALLBACK_AMOUNTS` where one of the counts of counts 1 … 4 is 0, or an amount isn't
-  above 0 and at most what it is subtracted from.
+  `FALLBACK_AMOUNTS` where no count is 1, 2 or 3, or an amount isn't above 0 and at most
+  what it is subtracted from.
 
   Args:
     adjusted: the counts of an order; zeros are passed over.
   """
   n1, n2, n3, n4 = np.bincount(np.minimum(adjusted, 5), minlength=6)[1:5].tolist()
-  if not min(n1, n2, n3, n4):
+  if not min(n1, n2, n3):
     return FALLBACK_AMOUNTS
   y = n1 / (n1 + 2 * n2)
   amounts = 1 - 2 * y * n2 / n1, 2 - 3 * y * n3 / n2, 3 - 4 * y * n4 / n3
