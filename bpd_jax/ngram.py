@@ -4,6 +4,7 @@
   python -m bpd_jax.ngram prune lm.arpa --to small.arpa --to-count 100000
   python -m bpd_jax.ngram perplexity small.arpa runs/caches/docstring_summary.validation
   python -m bpd_jax.ngram query small.arpa --vocabulary models/docstrings "Returns the"
+  python -m bpd_jax.ngram speed lm.arpa runs/caches/docstring_summary.validation
   python -m bpd_jax.ngram text runs/caches/docstring_summary.train > corpus.txt
 
 Tokens come from token caches (`bpd_jax.data.token_cache`), or from JSONL files whose
@@ -22,6 +23,7 @@ import time
 from typing import Any, TextIO
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from rich import box
 from rich.console import Console
@@ -39,7 +41,7 @@ from bpd_jax.ngram_lm.arpa import (
   Say,
   write_arpa,
 )
-from bpd_jax.ngram_lm.arrays import device_arrays
+from bpd_jax.ngram_lm.arrays import device_arrays, log_probs, NgramArrays
 from bpd_jax.ngram_lm.backoff import BackOff, join_sequences
 from bpd_jax.ngram_lm.counts import check_cutoffs, check_order, count_grams
 from bpd_jax.ngram_lm.pruning import check_pruning, prune_to_count, prune_to_threshold
@@ -235,6 +237,95 @@ def query(
   console = Console()
   console.print(table)
   print(f"sum {scores[1:].sum():.4f}, perplexity {model.perplexity(closed):,.2f}")
+
+
+def speed(
+    path: str, sources: Sequence[str], *, side: str = "targets", vocab_size: int | None = None,
+    batches: Sequence[int] = (1, 8, 32), num_histories: int = 16, k: int = 16, depth: int = 8,
+    repeats: int = 200,
+) -> None:
+  """Prints how long the device form takes, for every order up to the model's.
+
+  As in a beam: `depth` steps one after the other, each with `k` candidates after
+  `num_histories` histories a row, whose newest tokens differ. Histories are windows of
+  the sources, candidates and newest tokens are drawn from their tokens.
+
+  Args:
+    path: an ARPA file.
+    sources: token caches and JSONL files.
+    side: of a cache's examples.
+    vocab_size: needed where no JSON file says it.
+    batches: rows.
+    num_histories: a row.
+    k: candidates a row and step.
+    depth: steps.
+    repeats: of which the fastest and the median are printed.
+  """
+  for name, value in (("batch", min(batches)), ("repeats", repeats)):
+    check_count(name, value)
+  with progress() as say:
+    say("reading tokens")
+    read = [read_source(source, side) for source in sources]
+    model = read_arpa(path, vocab_size, say=say)
+  tokens = np.concatenate([
+      source.join(model.vocab_size, model.start_id, model.eos_id) for source in read
+  ])
+  table = Table(box=box.SIMPLE_HEAD)
+  for column in ("order", "n-grams", "MB", "bytes an n-gram", "built in s", "batch", "scores",
+                 "fastest, ms", "median, ms", "ns a score"):
+    table.add_column(column, justify="right")
+  for order in range(1, model.order + 1):
+    shorter = model.only([
+        np.full(num, n < order) for n, num in enumerate(model.num_grams)
+    ])
+    began = time.perf_counter()
+    arrays = device_arrays(shorter)
+    seconds = time.perf_counter() - began
+    num_grams, num_bytes = sum(shorter.num_grams), arrays.num_bytes
+    for batch in batches:
+      times = _time_scores(arrays, tokens, (depth, batch, num_histories, k), repeats)
+      num_scores = depth * batch * num_histories * k
+      first = (str(order), f"{num_grams:,}", f"{num_bytes / 1e6:.1f}",
+               f"{num_bytes / num_grams:.1f}", f"{seconds:.1f}")
+      table.add_row(
+          *(first if batch == batches[0] else [""] * len(first)), str(batch), f"{num_scores:,}",
+          f"{times.min() * 1e3:.3f}", f"{np.median(times) * 1e3:.3f}",
+          f"{times.min() / num_scores * 1e9:.1f}",
+      )
+  console = Console()
+  console.width = max(console.width, 120)
+  console.print(table)
+
+
+def _time_scores(
+    arrays: NgramArrays, tokens: np.ndarray, shape: tuple[int, int, int, int], repeats: int
+) -> np.ndarray:
+  """[repeats] seconds for all steps of a beam of this depth, batch, histories, k."""
+  random, context = np.random.default_rng(0), arrays.order - 1
+  depth, batch, num_histories, k = shape
+  places = random.integers(0, len(tokens), [depth, batch, 1, 1]) + np.arange(context)
+  history = np.repeat(tokens[places % len(tokens)], num_histories, axis=2)
+  if context:
+    history[..., -1] = random.choice(tokens, history.shape[:-1])
+  candidates = random.choice(tokens, [depth, batch, k])
+
+  @jax.jit
+  def run_beam(arrays, history, candidates):
+    def step(scores, x):
+      # Each step waits for the one before it, as a beam's do.
+      history = x[0] + (scores[..., :1] > 0).astype(jnp.int32)
+      return log_probs(arrays, history, x[1]), None
+
+    return jax.lax.scan(step, jnp.zeros(shape[1:]), (history, candidates))[0]
+
+  inputs = arrays, jnp.asarray(history), jnp.asarray(candidates)
+  jax.block_until_ready(run_beam(*inputs))
+  times = []
+  for _ in range(repeats):
+    began = time.perf_counter()
+    jax.block_until_ready(run_beam(*inputs))
+    times.append(time.perf_counter() - began)
+  return np.asarray(times)
 
 
 def write_text(sources: Sequence[str], file: TextIO, *, side: str = "targets") -> None:
@@ -448,6 +539,12 @@ def main(argv: Sequence[str]) -> None:
   ask.add_argument("model", help="ARPA file")
   ask.add_argument("words", nargs="+", metavar="TOKEN", help="ids, or text with --vocabulary")
   ask.add_argument("--vocabulary", metavar="FOLDER", help="a vocabulary's, to read text")
+  clock = commands.add_parser("speed", parents=[side, size], help="time the device form")
+  clock.add_argument("model", help="ARPA file")
+  clock.add_argument("sources", nargs="+", metavar="SOURCE", help="token cache, or JSONL file")
+  clock.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32], metavar="N",
+                     help="default: 1 8 32")
+  clock.add_argument("--repeats", type=int, default=200, metavar="N", help="default 200")
   text = commands.add_parser("text", parents=[side], help="write ids as text, for other tools")
   text.add_argument("sources", nargs="+", metavar="SOURCE", help="token cache, or JSONL file")
   args = vars(parser.parse_args(argv))
@@ -459,9 +556,8 @@ def main(argv: Sequence[str]) -> None:
   elif command == "text":
     write_text(args["sources"], sys.stdout, side=args["side"])
   else:
-    {"prune": prune, "perplexity": perplexity, "query": query}[command](
-        args.pop("model"), **args
-    )
+    chosen = {"prune": prune, "perplexity": perplexity, "query": query, "speed": speed}
+    chosen[command](args.pop("model"), **args)
 
 
 if __name__ == "__main__":

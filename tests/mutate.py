@@ -44,6 +44,10 @@ TRAINING = ("tests/test_loop_training.py",)
 MODES = ("tests/test_train_modes.py", "-k", "base or distillation")
 INPUT = ("tests/test_train_input.py",)
 EVALUATE = ("tests/test_evaluate.py", "-k", "table or quality or last_task")
+SMOOTHING = ("tests/test_ngram_smoothing.py",)
+ARRAYS = ("tests/test_ngram_arrays.py", "-k", "dictionarys or another")
+ARPA = ("tests/test_ngram_arpa.py",)
+NGRAM = ("tests/test_ngram.py",)
 MUTATIONS = (
     Mutation("depth bias off by one", "model/decoder.py",
              "position = lengths[:, None] + depth", "position = lengths[:, None] + depth + 1",
@@ -211,6 +215,54 @@ MUTATIONS = (
              "    claim_run(workdir, identity)\n    if not has_begun:\n      # All", INPUT),
     Mutation("any vocabulary for a checkpoint", "train.py",
              "if words.fingerprint != expected:", "if False:", INPUT),
+    Mutation("n-grams over a start counted", "ngram_lm/counts.py",
+             "goes_on[goes_on] = tokens[places[goes_on] + 1] != start_id", "pass", SMOOTHING),
+    Mutation("counts of what a start begins by kinds", "ngram_lm/smoothing.py",
+             "adjusted = np.where(is_first, adjusted, kinds)", "adjusted = kinds", SMOOTHING),
+    Mutation("mass of what is cut off lost", "ngram_lm/smoothing.py",
+             "freed = np.where(keep[n], amounts, adjusted)", "freed = amounts", SMOOTHING),
+    Mutation("amounts from what is kept", "ngram_lm/smoothing.py",
+             "kneser_ney_amounts(adjusted))", "kneser_ney_amounts(adjusted[keep[n]]))", SMOOTHING),
+    Mutation("uniform distribution over the start as well", "ngram_lm/smoothing.py",
+             "probs = seen + weight / (counts.vocab_size - 1)",
+             "probs = seen + weight / counts.vocab_size", SMOOTHING),
+    Mutation("Katz leaves nothing after large counts", "ngram_lm/smoothing.py",
+             "total = np.maximum(total + ~has_left, 1)", "total = np.maximum(total, 1)", SMOOTHING),
+    Mutation("Katz' weight from all that is left", "ngram_lm/smoothing.py",
+             "left / np.where(left > 0, 1 - known, 1)", "left", SMOOTHING),
+    Mutation("Good-Turing's large counts not kept", "ngram_lm/smoothing.py",
+             "(1 - common)", "1", SMOOTHING),
+    Mutation("pruned without new weights", "ngram_lm/pruning.py",
+             "np.where(has_gone, np.log(weight), model.back_offs[n - 1])",
+             "model.back_offs[n - 1]", SMOOTHING),
+    Mutation("suffixes pruned away", "ngram_lm/pruning.py",
+             "np.maximum.at(changes[n - 1], grams.suffix[has_suffix], changes[n][has_suffix])",
+             "pass", SMOOTHING),
+    Mutation("context's probability left out of pruning", "ngram_lm/pruning.py",
+             "-np.exp(context_prob[context]) * change", "-change", SMOOTHING),
+    Mutation("back-off weight of the token alone", "ngram_lm/arrays.py",
+             "scores + back_offs[i, ..., None]", "scores + back_offs[0, ..., None]", ARRAYS),
+    Mutation("any bucket's answer taken", "ngram_lm/arrays.py",
+             "is_there = _get(arrays.slots, place) == bucket",
+             "is_there = _get(arrays.slots, place) >= 0", ARRAYS),
+    Mutation("any bucket's context taken", "ngram_lm/arrays.py",
+             "jnp.where(_get(arrays.slots, 2 * place) == bucket,",
+             "jnp.where(_get(arrays.slots, 2 * place) >= 0,", ARRAYS),
+    Mutation("token that isn't there taken for the first id", "ngram_lm/arrays.py",
+             "jnp.where(is_token, history, nowhere)", "jnp.where(is_token, history, 0)", ARRAYS),
+    Mutation("places given twice", "ngram_lm/arrays.py",
+             "is_taken = (owner[wanted] == rows[:, None]).all(1)",
+             "is_taken = (owner[wanted] == rows[:, None]).any(1)", ARRAYS),
+    Mutation("ids that aren't listed impossible", "ngram_lm/arpa.py",
+             "default = unknown[0] if len(unknown) else", "default =", ARPA),
+    Mutation("any vocabulary for n-grams", "ngram_lm/arpa.py",
+             "known is not None and known != vocabulary", "False", NGRAM),
+    Mutation("n-grams listed twice taken", "ngram_lm/arpa.py",
+             "is_twice = np.diff(grams.keys) == 0", "is_twice = np.diff(grams.keys) < 0", ARPA),
+    Mutation("half a gzip file taken", "ngram_lm/arpa.py",
+             "    for _ in self._file:\n", "    for _ in ():\n", ARPA),
+    Mutation("sources of two vocabularies", "ngram.py",
+             "if fingerprint not in (None, source.vocabulary):", "if False:", NGRAM),
 )
 
 

@@ -131,6 +131,18 @@ def test_query_shows_every_token(folder, capsys):
   assert rows[-1] == by_text and len(rows[2]) == 4
 
 
+def test_speed_has_a_row_for_every_order_and_batch(folder, capsys):
+  ngram.main(["speed", str(folder / "lm.arpa"), str(folder / "test"), "--batches", "1", "2",
+              "--repeats", "2"])
+  rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.strip()][2:]
+  num_grams = np.cumsum(read_arpa(folder / "lm.arpa").num_grams)
+  assert [row[:2] for row in rows[::2]] == [
+      [str(n), f"{num:,}"] for n, num in enumerate(num_grams, start=1)
+  ]
+  assert [row[-5:-3] for row in rows] == [["1", "2,048"], ["2", "4,096"]] * 4
+  assert all(0 < float(row[-3]) <= float(row[-2]) for row in rows)
+
+
 def test_text_is_ids_without_ends(folder, capsys):
   ngram.main(["text", str(folder / "test"), str(folder / "rows.jsonl")])
   lines = capsys.readouterr().out.splitlines()
@@ -175,6 +187,7 @@ def test_text_is_ids_without_ends(folder, capsys):
     ("query {}/lm.arpa word --vocabulary bpd_jax/data/files/docstrings.model",
      "lm.arpa vocabulary = 'bytes': allowed is "),
     ("text {}/absent", "^source = "),
+    ("speed {}/lm.arpa {}/test --batches 0", "^batch = 0"),
 ])
 def test_bad_input_is_one_line_and_leaves_nothing(folder, arguments, message, monkeypatch):
   monkeypatch.chdir(ROOT)

@@ -70,9 +70,10 @@ def log_probs(arrays: NgramArrays, history: Array, candidates: Array) -> Array:
 
   Args:
     arrays: the model.
-    history: [..., histories, context] int32, the last tokens, the newest last; -1
-      where there is none. The start of a sequence is a token as well. A context of
-      more or fewer than order - 1 tokens will do: what is too long isn't read.
+    history: [..., histories, context] int32, the last tokens, the newest last; -1,
+      before all others, where there is none. The start of a sequence is a token as
+      well. A context of more or fewer than order - 1 tokens will do: what is too long
+      isn't read.
     candidates: [..., k] int32, ids of the vocabulary, the same for all histories.
 
   Returns:
@@ -110,15 +111,14 @@ def _find_nodes(arrays: NgramArrays, history: Array, length: int) -> Array:
   is_token = (history >= 0) & (history < arrays.vocab_size)
   newest_first = lambda x: jnp.moveaxis(x, -1, 0)[::-1][:length]
   node = newest_first(jnp.where(is_token, history, nowhere))
-  token, is_token = newest_first(jnp.where(is_token, history, 0)), newest_first(is_token)
+  token = newest_first(jnp.where(is_token, history, 0))
   found = [node[0]]
   for left in range(length - 1, 0, -1):
     # The first of what is left needs one token more, the newest; the next needs two.
-    node, token, is_token = node[1:], token[:left], is_token[:left]
+    node, token = node[1:], token[:left]
     bucket = _get(arrays.buckets, node) + (token & _get(arrays.masks, node))
     place = _get(arrays.displacements, bucket) + token
-    is_there = (_get(arrays.slots, 2 * place) == bucket) & is_token
-    node = jnp.where(is_there, arrays.vocab_size + place, nowhere)
+    node = jnp.where(_get(arrays.slots, 2 * place) == bucket, arrays.vocab_size + place, nowhere)
     found.append(node[0])
   return jnp.stack(found)
 
