@@ -11,6 +11,14 @@ from bpd_jax.data.grammar import GrammarTask
 from bpd_jax.data.jsonl import JsonlTask
 from bpd_jax.data.rows import RowsTask
 from bpd_jax.evaluation.run import Method
+from bpd_jax.evaluation.scoring import (
+    CacheSource,
+    NeuralSource,
+    NgramSource,
+    NoRepeatSource,
+    OracleSource,
+)
+from bpd_jax.evaluation.tuning import Tuning
 from bpd_jax.evaluation.validation import Validation
 from bpd_jax.model.config import ModelConfig
 from bpd_jax.partitioning import make_partitioning
@@ -19,8 +27,8 @@ from bpd_jax.training.loss import Loss
 from bpd_jax.training.optimizer import Optimizer
 
 for configurable in (
-    CachedTask, GrammarTask, JsonlTask, Loss, Method, ModelConfig, Optimizer, RowsTask, Schedule,
-    Validation,
+    CachedTask, CacheSource, GrammarTask, JsonlTask, Loss, Method, ModelConfig, NeuralSource,
+    NgramSource, NoRepeatSource, Optimizer, OracleSource, RowsTask, Schedule, Tuning, Validation,
 ):
   gin.external_configurable(configurable, module="bpd_jax")
 gin.external_configurable(make_partitioning, module="bpd_jax", denylist=["devices"])

@@ -23,10 +23,13 @@ from bpd_jax.data.rows import rows_fingerprint, RowsTask
 from bpd_jax.environment import describe_device, git_revision, versions
 from bpd_jax.errors import InputError
 from bpd_jax.evaluation.quality import check_metric, describe_quality
+from bpd_jax.evaluation.replay import record
 from bpd_jax.evaluation.run import GREEDY, measure_methods, Measurement, Method
+from bpd_jax.evaluation.scoring import load_scoring
 from bpd_jax.evaluation.table import means_over_learned, print_results
+from bpd_jax.evaluation.tuning import split_rows, tune, Tuning
 from bpd_jax.folders import new_folder, write_object
-from bpd_jax.generation import Generator, load
+from bpd_jax.generation import Generator, load, Scoring
 from bpd_jax.launch import read_gin, run
 from bpd_jax.partitioning import Partitioning
 
@@ -43,6 +46,7 @@ def evaluate(
     batch_size: int = 8,
     max_decode_length: int = 128,
     repeats: int = 3,
+    tuning: Tuning | None = None,
     dtype: str | None = None,
     partitioning: Partitioning | None = None,
 ) -> dict[str, Any]:
@@ -57,6 +61,8 @@ def evaluate(
     batch_size: rows decoded together.
     max_decode_length: most tokens of an output.
     repeats: timed passes of each method.
+    tuning: how the scorers' weights are chosen for each task, on rows of it that
+      aren't reported then; the weights are as the scorers say without it.
     dtype: to compute in, instead of the checkpoint's.
     partitioning: where the model lives; one device by default.
 
@@ -69,7 +75,12 @@ def evaluate(
       greedy's and can't be near ties.
   """
   _check_names(tasks, methods)
-  rows = {task.name: task.rows() for task in tasks}
+  every = {task.name: task.rows() for task in tasks}
+  chosen = {
+      name: split_rows([row["inputs"] for row in own], tuning.num_rows if tuning else 0)
+      for name, own in every.items()
+  }
+  rows = {name: [every[name][i] for i in reported] for name, (_, reported) in chosen.items()}
   # The folder is made first: no hours of decoding for what can't be written.
   with new_folder(output) as folder:
     model = load(checkpoint, partitioning=partitioning, dtype=dtype)
@@ -78,10 +89,18 @@ def evaluate(
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
                TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
+      scoring = {
+          task.name: _choose_weights(
+              model, task, [every[task.name][i] for i in chosen[task.name][0]], methods, tuning,
+              max_decode_length, batch_size, progress,
+          )
+          for task in tasks
+      }
       measured = {
           task.name: measure_methods(
               model, prompts[task.name], methods, max_decode_length=max_decode_length,
               batch_size=batch_size, repeats=repeats, progress=progress, label=task.name,
+              scoring=scoring[task.name],
           )
           for task in tasks
       }
@@ -99,6 +118,7 @@ def evaluate(
             task.name: {
                 "split": task.split,
                 "examples": len(rows[task.name]),
+                "tuning_examples": len(chosen[task.name][0]),
                 "rows_fingerprint": rows_fingerprint(rows[task.name]),
                 **describe_quality(
                     measured[task.name][GREEDY.name].generation, rows[task.name],
@@ -136,6 +156,29 @@ def _check_names(tasks: Sequence[Task], methods: Sequence[Method]) -> None:
       raise InputError("name", named.name, "letters, digits, _ + - and . inside, as files have")
   for task in tasks:
     check_metric(task.name, task.main_metric)
+
+
+def _choose_weights(
+    model: Generator, task: Task, rows: Sequence[dict[str, str]], methods: Sequence[Method],
+    tuning: Tuning | None, max_decode_length: int, batch_size: int, progress: Progress,
+) -> dict[str, tuple[Scoring, ...]]:
+  """The scorers of each method, with weights for this task."""
+  scoring = {
+      method.name: load_scoring(method.scorers, model, max_decode_length) for method in methods
+  }
+  tunable = [method for method in methods if method.scorers]
+  if tuning is None or not tunable:
+    return scoring
+  prompts = _encode(model, task, rows)
+  greedy = model.generate(
+      prompts, "greedy", max_length=max_decode_length, batch_size=batch_size
+  )
+  recording = record(model, prompts, greedy, max_decode_length)
+  bar = progress.add_task(f"{task.name}, weights", total=len(tunable))
+  for method in tunable:
+    scoring[method.name], _ = tune(model, recording, method, scoring[method.name], tuning)
+    progress.advance(bar)
+  return scoring
 
 
 def _encode(model: Generator, task: Task, rows: Sequence[dict[str, str]]) -> list[list[int]]:

@@ -196,11 +196,13 @@ class Call:
     emitted: tokens that the call made certain.
     parents: of each drafted token, its index in `draft`, -1 for a child of the
       root; None where each follows the one before it.
+    is_exact: whether the search proved that these are the best paths.
   """
 
   draft: list[int]
   emitted: list[int]
   parents: list[int] | None = None
+  is_exact: bool = True
 
   @property
   def accepted(self) -> list[int]:
@@ -419,6 +421,11 @@ class Generator:
     self.model = EncoderDecoder(config, self.partitioning, is_view=True)
     self._view = None
     self._compiled_before = num_compilations()
+
+  @property
+  def vocabulary_fingerprint(self) -> str | None:
+    """Of the vocabulary; None without one."""
+    return None if self.vocabulary is None else self.vocabulary.fingerprint
 
   @property
   def view(self) -> Any:
@@ -656,6 +663,7 @@ def read_row(state: dict[str, Any], slot: int) -> tuple[np.ndarray, int, list[Ca
         Call(
             draft[is_valid].tolist(), tokens[start:end].tolist(),
             (number[parents[is_valid]] - 1).tolist(),
+            bool(state["trace"].is_exact[slot, call]),
         )
     )
     start = end

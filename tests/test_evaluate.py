@@ -163,14 +163,14 @@ KEYS = {
     "max_decode_length", "repeats", "tasks", "means_over_learned_tasks",
 }
 TASK_KEYS = {
-    "split", "examples", "rows_fingerprint", "learned", "main_metric", "quality",
+    "split", "examples", "tuning_examples", "rows_fingerprint", "learned", "main_metric", "quality",
     "quality_interval", "quality_floors", "repetition", "unfinished_rows", "methods",
 }
 METHOD_KEYS = {
     "block_size", "verify_width", "nodes", "tokens", "decoder_calls", "block_efficiency",
     "block_efficiency_interval", "block_efficiency_loop_free", "identical_to_greedy",
     "near_tie_rows", "seconds", "seconds_range", "tokens_per_second", "speedup_over_greedy",
-    "speedup_range", "accepted_length_histogram",
+    "speedup_range", "accepted_length_histogram", "proved_searches",
 }
 
 

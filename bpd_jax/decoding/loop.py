@@ -38,11 +38,13 @@ class Trace:
     parents: [batch, calls, nodes] int32, of each node; -1 for the root.
     num_emitted: [batch, calls] int32, tokens emitted by each call, 0 after the
       row's end.
+    is_exact: [batch, calls] bool, whether the search proved what it found.
   """
 
   drafts: Array
   parents: Array
   num_emitted: Array
+  is_exact: Array
 
 
 @struct.dataclass
@@ -123,6 +125,7 @@ def initial_state(
           drafts=jnp.full([batch, max_length, num_nodes], -1, jnp.int32),
           parents=jnp.full([batch, max_length, num_nodes], -1, jnp.int32),
           num_emitted=jnp.zeros([batch, max_length], jnp.int32),
+          is_exact=jnp.ones([batch, max_length], bool),
       ),
       call=jnp.zeros([], jnp.int32),
       key=key,
@@ -198,7 +201,8 @@ def decode(
     )[:, 0]
     drafts = jnp.where(tree.is_valid & ~state.is_done[:, None], tree.tokens, -1)
     parents = jnp.broadcast_to(tree.parents, drafts.shape)
-    called = Trace(drafts=drafts, parents=parents, num_emitted=step.num_tokens)
+    is_exact = jnp.ones_like(state.is_done) if tree.is_exact is None else tree.is_exact
+    called = Trace(drafts, parents, step.num_tokens, is_exact)
     trace = jax.tree.map(
         lambda old, new: jax.lax.dynamic_update_index_in_dim(old, new, state.call, axis=1),
         state.trace, called,

@@ -152,7 +152,7 @@ def p_best(
   """
   paths = best_paths(lattice, score, num_paths, beam_width, is_beam)
   build = merge_paths if is_merged else separate_paths
-  return build(lattice, root, paths, num_nodes)
+  return build(lattice, root, paths, num_nodes).replace(is_exact=paths.is_exact)
 
 
 def best_paths(

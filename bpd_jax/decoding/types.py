@@ -50,6 +50,8 @@ class Tree:
     is_valid: [batch, nodes] bool; an invalid node is never accepted. The root
       is always valid.
     max_depth: largest depth that any node can have (static).
+    is_exact: [batch] bool, whether the search proved that it found what it looked
+      for; None where it always does.
   """
 
   tokens: Array
@@ -57,6 +59,7 @@ class Tree:
   parents: Array | np.ndarray
   is_valid: Array
   max_depth: int = struct.field(pytree_node=False)
+  is_exact: Array | None = None
 
 
 @struct.dataclass

@@ -5,18 +5,20 @@ decode the same rows in the same batches; timed repeats alternate between them
 after one untimed pass that compiles.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
 from typing import Any
 
 import numpy as np
 from rich.progress import Progress
 
+from bpd_jax.decoding.search import SearchSettings
 from bpd_jax.errors import InputError
 from bpd_jax.evaluation.bootstrap import ratio_interval
 from bpd_jax.evaluation.exactness import check_differences, Difference, find_differences
 from bpd_jax.evaluation.quality import is_looping
-from bpd_jax.generation import Generation, Generator
+from bpd_jax.evaluation.scoring import describe_source, is_oracle, load_scoring, Source
+from bpd_jax.generation import Generation, Generator, Scoring
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,13 +30,45 @@ class Method:
     method: of `Generator.generate`; "reference" drafts greedy's own output,
       the ceiling of every drafter.
     block_size: h; the model's by default.
-    verify_width: nodes a call; the block size by default.
+    verify_width: tokens a call verifies along a path; the block size by default.
+    top_k: candidates that each head offers.
+    search: "chain", "p_best", "beam", "batched" or "best_first"; see
+      `bpd_jax.decoding.search.SearchSettings`, also for what follows.
+    num_paths: p of a search for paths.
+    num_nodes: nodes a call.
+    beam_width: prefixes that a beam keeps.
+    scorers: what re-scores the lattice before it is searched.
   """
 
   name: str
   method: str = "blockwise"
   block_size: int | None = None
   verify_width: int | None = None
+  top_k: int = 1
+  search: str = "chain"
+  num_paths: int = 1
+  num_nodes: int | None = None
+  beam_width: int = 64
+  scorers: tuple[Source, ...] = ()
+
+  def __post_init__(self):
+    object.__setattr__(self, "scorers", tuple(self.scorers))
+
+  @property
+  def options(self) -> dict[str, Any]:
+    """Of `Generator.settings`, `Generator.generate` and `replay`, but for the scorers."""
+    return {
+        "method": self.method, "block_size": self.block_size,
+        "verify_width": self.verify_width, "top_k": self.top_k,
+        "search": SearchSettings(
+            self.search, self.num_paths, self.num_nodes, self.beam_width
+        ),
+    }
+
+  @property
+  def wants_references(self) -> bool:
+    """Whether it reads greedy's output."""
+    return self.method == "reference" or is_oracle(self.scorers)
 
 
 GREEDY = Method("greedy", "greedy")
@@ -67,6 +101,7 @@ def measure_methods(
     repeats: int = 3,
     progress: Progress | None = None,
     label: str = "",
+    scoring: Mapping[str, Sequence[Scoring]] | None = None,
 ) -> dict[str, Measurement]:
   """Decodes the prompts with every method.
 
@@ -79,6 +114,7 @@ def measure_methods(
     repeats: timed passes of each method.
     progress: gets one task, of methods times passes.
     label: of that task.
+    scoring: of methods by name, with tuned weights; as their scorers say by default.
 
   Returns:
     A measurement a method, by its name, greedy's first.
@@ -94,9 +130,13 @@ def measure_methods(
       raise InputError("methods", names, "names that differ")
   if repeats < 1:
     raise InputError("repeats", repeats, "a positive integer")
+  scoring = {
+      method.name: load_scoring(method.scorers, generator, max_decode_length)
+      for method in methods
+  } | dict(scoring or {})
   settings = {
       method.name: generator.settings(
-          method.method, method.block_size, method.verify_width, max_decode_length
+          max_length=max_decode_length, scoring=scoring[method.name], **method.options
       )
       for method in methods
   }
@@ -108,9 +148,9 @@ def measure_methods(
 
   def decode(method: Method, greedy: Generation | None) -> Generation:
     generation = generator.generate(
-        rows, method.method, block_size=method.block_size, verify_width=method.verify_width,
-        references=greedy.tokens if method.method == "reference" else None,
-        max_length=max_decode_length, batch_size=batch_size,
+        rows, references=greedy.tokens if method.wants_references else None,
+        max_length=max_decode_length, batch_size=batch_size, scoring=scoring[method.name],
+        **method.options,
     )
     if progress is not None:
       progress.advance(bar)
@@ -137,7 +177,8 @@ def measure_methods(
         results={
             "block_size": settings[method.name].block_size,
             "verify_width": settings[method.name].verify_width,
-            "nodes": settings[method.name].verify_width,
+            "nodes": settings[method.name].num_nodes,
+            **describe_method(method, scoring[method.name]),
             **results,
             "identical_to_greedy": 1 - len(differences) / len(rows),
             "near_tie_rows": sum(difference.is_near_tie for difference in differences),
@@ -152,6 +193,21 @@ def measure_methods(
         is_exact=check_differences(differences, len(rows)),
     )
   return measured
+
+
+def describe_method(method: Method, scoring: Sequence[Scoring]) -> dict[str, Any]:
+  """How the lattice is scored and searched; nothing for methods without one."""
+  if method.top_k == 1:
+    return {}
+  return {
+      "top_k": method.top_k,
+      "search": method.search,
+      "num_paths": method.num_paths,
+      "scorers": [
+          {**describe_source(source), "weight": part.weight, "entropy_power": part.entropy_power}
+          for source, part in zip(method.scorers, scoring)
+      ],
+  }
 
 
 def describe_generation(generation: Generation) -> dict[str, Any]:
@@ -169,4 +225,7 @@ def describe_generation(generation: Generation) -> dict[str, Any]:
           float(tokens[is_free].sum() / calls[is_free].sum()) if is_free.any() else None
       ),
       "accepted_length_histogram": np.bincount(accepted).tolist(),
+      "proved_searches": float(
+          np.mean([call.is_exact for trace in generation.traces for call in trace])
+      ),
   }

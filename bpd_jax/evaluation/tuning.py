@@ -1,0 +1,123 @@
+"""Weights of scorers, chosen by replay on rows that no table reports.
+
+The paper tunes one weight a task over ten values on a hundred examples (Kim et al.
+2024, App. F). Here each scorer of a method is gone over in turn, and, where asked for,
+each step of the lattice by itself; rows are chosen by a hash of their inputs.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+import hashlib
+
+from bpd_jax.errors import InputError
+from bpd_jax.evaluation.replay import count_calls, Recording
+from bpd_jax.evaluation.run import Method
+from bpd_jax.evaluation.scoring import NoRepeatSource, OracleSource
+from bpd_jax.generation import Generator, Scoring
+
+PAPER_GRID = (0.1, 0.5, 0.75, 0.9, 1.0, 1.1, 1.5, 2.0, 5.0, 10.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+  """How weights are chosen.
+
+  Attributes:
+    num_rows: of each task, kept apart from those that are reported.
+    grid: weights that are tried.
+    entropy_powers: powers of the candidates' entropy that are tried with each weight.
+    by_step: whether each step of the lattice is then gone over by itself.
+    rounds: how often all scorers of a method are gone over.
+  """
+
+  num_rows: int = 100
+  grid: tuple[float, ...] = PAPER_GRID
+  entropy_powers: tuple[float, ...] = (0.0,)
+  by_step: bool = False
+  rounds: int = 2
+
+  def __post_init__(self):
+    object.__setattr__(self, "grid", tuple(self.grid))
+    object.__setattr__(self, "entropy_powers", tuple(self.entropy_powers))
+    if self.num_rows < 1:
+      raise InputError("Tuning.num_rows", self.num_rows, "a positive integer")
+    if self.rounds < 1:
+      raise InputError("Tuning.rounds", self.rounds, "a positive integer")
+    if not self.grid or min(self.grid) < 0 or not max(self.grid) < float("inf"):
+      raise InputError("Tuning.grid", self.grid, "finite weights from 0 on")
+    if not self.entropy_powers:
+      raise InputError("Tuning.entropy_powers", self.entropy_powers, "at least one number")
+
+
+def split_rows(inputs: Sequence[str], num_tuning: int) -> tuple[list[int], list[int]]:
+  """Numbers of the rows to tune on, and of those to report.
+
+  The tuning rows are those whose inputs have the smallest hashes: they depend on
+  nothing else, and stay the same where rows are added in another order.
+
+  Raises:
+    InputError: where no row would be left to report.
+  """
+  if not 0 <= num_tuning < len(inputs):
+    raise InputError(
+        "Tuning.num_rows", num_tuning, f"fewer than the task's {len(inputs)} rows"
+    )
+  key = lambda i: (hashlib.sha256(inputs[i].encode()).digest(), i)
+  chosen = set(sorted(range(len(inputs)), key=key)[:num_tuning])
+  return sorted(chosen), [i for i in range(len(inputs)) if i not in chosen]
+
+
+def tune(
+    generator: Generator, recording: Recording, method: Method,
+    scoring: Sequence[Scoring], tuning: Tuning,
+) -> tuple[tuple[Scoring, ...], float]:
+  """The weights with which a method needs the fewest calls on a recording.
+
+  Args:
+    generator: the model.
+    recording: of the tuning rows.
+    method: whose weights to choose. The no-repeat rule and the oracle have none.
+    scoring: of its scorers, in order.
+    tuning: what to try. Of equals the first wins.
+
+  Returns:
+    The scorers with their weights, and the block efficiency on the recording.
+  """
+  scoring = list(scoring)
+  depth = generator.settings(
+      max_length=recording.tokens.shape[1], scoring=scoring, **method.options
+  ).depth
+  tried: dict[tuple, float] = {}
+
+  def efficiency(scoring: Sequence[Scoring]) -> float:
+    key = tuple((part.weight, part.entropy_power) for part in scoring)
+    if key not in tried:
+      tokens, calls = count_calls(generator, recording, scoring=scoring, **method.options)
+      tried[key] = float(tokens.sum() / calls.sum())
+    return tried[key]
+
+  def choose(number: int, options: Sequence[Scoring]) -> None:
+    """Puts the best option in the place of a scorer."""
+    place = lambda part: [*scoring[:number], part, *scoring[number + 1 :]]
+    scoring[number] = max(options, key=lambda part: efficiency(place(part)))
+
+  free = [
+      number for number, source in enumerate(method.scorers)
+      if not isinstance(source, NoRepeatSource | OracleSource)
+  ]
+  for _ in range(tuning.rounds if len(free) > 1 else 1):
+    for number in free:
+      choose(number, [
+          dataclasses.replace(scoring[number], weight=weight, entropy_power=power)
+          for power in tuning.entropy_powers for weight in tuning.grid
+      ])
+  if tuning.by_step:
+    for number in free:
+      for step in range(depth):
+        part = scoring[number]
+        weights = part.weight if isinstance(part.weight, tuple) else (part.weight,) * depth
+        choose(number, [part] + [
+            dataclasses.replace(part, weight=(*weights[:step], weight, *weights[step + 1 :]))
+            for weight in tuning.grid
+        ])
+  return tuple(scoring), efficiency(scoring)

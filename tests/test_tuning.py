@@ -1,0 +1,189 @@
+"""Choice of weights by replay, and evaluation of methods that re-score."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import gin
+import jax
+import numpy as np
+import pytest
+from test_rescored_model import (  # noqa: F401
+    arrays,
+    base,
+    CONFIG,
+    greedy,
+    MAX_LENGTH,
+    prompts,
+    SMALL,
+)
+
+from bpd_jax.checkpoints import save_model
+from bpd_jax.decoding.scorers.ngram import NgramScorer
+from bpd_jax.errors import InputError
+from bpd_jax.evaluate import evaluate
+from bpd_jax.evaluation.replay import count_calls, record
+from bpd_jax.evaluation.run import Method
+from bpd_jax.evaluation.scoring import CacheSource, load_scoring, NeuralSource, NgramSource
+from bpd_jax.evaluation.tuning import split_rows, tune, Tuning
+from bpd_jax.generation import load, Scoring
+from bpd_jax.launch import read_gin_files
+from bpd_jax.model.config import ModelConfig
+from bpd_jax.model.model import init_params
+from bpd_jax.ngram_lm.arpa import write_arpa
+from bpd_jax.ngram_lm.backoff import join_sequences
+from bpd_jax.ngram_lm.counts import count_grams
+from bpd_jax.ngram_lm.smoothing import kneser_ney
+from bpd_jax.partitioning import single_device
+
+GRID = (0.0, 0.3, 1.0, 4.0)
+
+
+def test_rows_are_chosen_by_what_they_are():
+  texts = [f"row {i}" for i in range(50)]
+  tuning, reported = split_rows(texts, 12)
+  assert len(tuning) == 12 and sorted(tuning + reported) == list(range(50))
+  other = list(reversed(texts))
+  again, _ = split_rows(other, 12)
+  assert {other[i] for i in again} == {texts[i] for i in tuning}
+  assert tuning != list(range(12))
+  assert split_rows(texts, 0) == ([], list(range(50)))
+  with pytest.raises(InputError, match="Tuning.num_rows = 50: allowed is fewer than the task's 50"):
+    split_rows(texts, 50)
+
+
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        ({"num_rows": 0}, "num_rows = 0"), ({"grid": ()}, "grid"), ({"grid": (-1.0,)}, "grid"),
+        ({"grid": (float("nan"),)}, "grid"), ({"entropy_powers": ()}, "entropy_powers"),
+        ({"rounds": 0}, "rounds = 0"),
+    ],
+)
+def test_tunings_that_are_none(options, message):
+  with pytest.raises(InputError, match=f"Tuning.{message}"):
+    Tuning(**options)
+
+
+def test_the_weight_with_the_fewest_calls_wins(base, arrays, prompts, greedy):  # noqa: F811
+  method = Method("both", top_k=4, search="p_best", scorers=(CacheSource(), CacheSource()))
+  scoring = [
+      Scoring(NgramScorer(2), arrays),
+      *load_scoring((CacheSource(order=2),), base, MAX_LENGTH),
+  ]
+  with jax.enable_x64(True):
+    recording = record(base, prompts, greedy, MAX_LENGTH)
+
+    def efficiency(*weights):
+      parts = [dataclasses.replace(x, weight=w) for x, w in zip(scoring, weights)]
+      tokens, calls = count_calls(base, recording, scoring=parts, **method.options)
+      return tokens.sum() / calls.sum()
+
+    chosen, best = tune(
+        base, recording, method, scoring, Tuning(grid=GRID, rounds=1)
+    )
+    first = [efficiency(w, 1.0) for w in GRID]
+    second = [efficiency(GRID[int(np.argmax(first))], w) for w in GRID]
+    assert len(set(first)) > 2  # otherwise any choice would be right
+    assert [x.weight for x in chosen] == [
+        GRID[int(np.argmax(first))], GRID[int(np.argmax(second))]
+    ]
+    assert best == max(second)
+    by_step, better = tune(
+        base, recording, method, scoring, Tuning(grid=GRID, rounds=1, by_step=True)
+    )
+    assert better > best and len(set(by_step[0].weight)) > 1
+    assert better == efficiency(by_step[0].weight, by_step[1].weight)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+  """A model with heads, a smaller one, 4-grams, and rows, over bytes."""
+  root = tmp_path_factory.mktemp("refine")
+  vocabulary = root / "tokenizer_config.json"
+  vocabulary.write_text('{"tokenizer_class": "ByT5Tokenizer"}')
+  rng = np.random.default_rng(0)
+  for name, config in (("base", CONFIG), ("small", SMALL)):
+    config = dataclasses.replace(
+        config, vocab_size=384, dtype="float32", param_dtype="float32", accum_dtype="float32"
+    )
+    params = init_params(config, single_device(), jax.random.key(3))
+    if config.block_size > 1:
+      params["heads"]["w2"] = 0.3 * jax.random.normal(
+          jax.random.key(1), params["heads"]["w2"].shape
+      )
+    save_model(root / name, config, params, vocabulary)
+  rows = [rng.integers(3, 200, 20) for _ in range(50)]
+  model = kneser_ney(count_grams(join_sequences(rows, 384), 4, 384), (1,) * 4)
+  write_arpa(root / "four.arpa", model, {})
+  with open(root / "rows.jsonl", "w") as file:
+    for i in range(14):
+      file.write(json.dumps({"inputs": f"row number {i}"}) + "\n")
+  return root
+
+
+FEW = ("blockwise", "ngram4", "best16_4gram", "neural_ngram", "oracle_k4")
+ALL = (
+    *FEW, "local_neural", "ngram2", "best16_0gram", "first_0gram", "first_4gram", "cache",
+    "first_cache", "no_repeat", "oracle_k2", "oracle_k8", "oracle_k16",
+)
+
+
+# All of them compile 32 loops, two minutes; the few, of every kind, are always run.
+@pytest.mark.parametrize("names", [FEW, pytest.param(ALL, marks=pytest.mark.slow)])
+def test_run_file_refines_drafts_and_reports_rows_that_it_did_not_tune_on(
+    folders, tmp_path, names
+):
+  read_gin_files(["gin/runs/evaluate_refined.gin"], [
+      f"CHECKPOINT = '{folders / 'base'}'", f"OUTPUT = '{tmp_path / 'out'}'",
+      f"NGRAM = '{folders / 'four.arpa'}'", f"NEURAL = '{folders / 'small'}'",
+      "TASKS = [@mine/JsonlTask()]", "mine/JsonlTask.name = 'rows'",
+      f"mine/JsonlTask.path = '{folders / 'rows.jsonl'}'", "MAX_DECODE_LENGTH = 12",
+      "REPEATS = 1", "BATCH_SIZE = 8", "TUNING_ROWS = 6", "TOP_K = 4", "NUM_PATHS = 5",
+      "Tuning.grid = [0.5, 2.0]", "Tuning.rounds = 1",
+      *([] if names == ALL else [
+          f"evaluate.methods = [{', '.join(f'@{name}/Method()' for name in names)}]"
+      ]),
+  ])
+  try:
+    results = evaluate()
+  finally:
+    gin.clear_config()
+  task = results["tasks"]["rows"]
+  assert (task["examples"], task["tuning_examples"]) == (8, 6)
+  methods = task["methods"]
+  assert set(methods) == {"greedy", *names}
+  texts = [json.loads(line)["inputs"] for line in open(folders / "rows.jsonl")]
+  tuning, reported = split_rows(texts, 6)
+  lines = (tmp_path / "out/rows.ngram4.jsonl").read_text().splitlines()
+  assert [json.loads(line)["inputs"] for line in lines] == [texts[i] for i in reported]
+  for name, entry in methods.items():
+    assert entry["tokens"] == methods["greedy"]["tokens"], name
+    assert entry["identical_to_greedy"] == 1
+    for scorer in entry.get("scorers", []):
+      if scorer["scorer"] in ("Ngram", "Neural", "Cache"):
+        assert scorer["weight"] in (0.5, 2.0)
+  assert methods["best16_4gram"]["nodes"] == 1 + 5 * 4
+  assert methods["ngram4"]["scorers"][0]["scorer"] == "Ngram"
+  explained = Path("docs/reading_results.md").read_text()
+  assert not [key for key in methods["ngram4"] if f"`{key}`" not in explained]
+  assert 0 < methods["best16_4gram"]["proved_searches"] <= 1
+  calls = {name: entry["decoder_calls"] for name, entry in methods.items()}
+  oracles = [calls[f"oracle_k{k}"] for k in (2, 4, 8, 16) if f"oracle_k{k}" in calls]
+  assert oracles == sorted(oracles, reverse=True) and oracles[-1] < calls["greedy"]
+
+
+def test_files_that_are_not_this_models(folders, tmp_path):
+  model = load(folders / "base")
+  with pytest.raises(InputError, match="NgramSource.order = 5: allowed is 1 … 4"):
+    load_scoring((NgramSource(str(folders / "four.arpa"), 5),), model, 12)
+  config = ModelConfig(
+      vocab_size=400, d_model=8, d_ff=8, d_kv=8, num_heads=1, num_encoder_layers=1,
+      num_decoder_layers=1, block_size=1,
+  )
+  save_model(
+      tmp_path / "other", config, init_params(config, single_device(), jax.random.key(0)),
+      folders / "tokenizer_config.json",
+  )
+  with pytest.raises(InputError, match="NeuralSource.checkpoint = .* allowed is one of the model"):
+    load_scoring((NeuralSource(str(tmp_path / "other")),), model, 12)
