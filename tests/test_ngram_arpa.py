@@ -1,5 +1,6 @@
 """ARPA files: read back, by kenlm, as SRILM writes them, and every way to be wrong."""
 
+import errno
 import gzip
 import json
 import math
@@ -178,6 +179,21 @@ def test_files_that_are_not_text_are_named(tmp_path):
     arpa.read_arpa(path, 6)
   with pytest.raises(InputError, match="^file = .*absent/lm.arpa.*No such file"):
     arpa.write_arpa(tmp_path / "absent" / "lm.arpa", kneser_ney(counted(2)), {})
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), KeyboardInterrupt()])
+def test_a_file_that_is_not_finished_leaves_nothing(tmp_path, monkeypatch, error):
+  def stop(*arguments):
+    raise error
+
+  monkeypatch.setattr(arpa, "write_object", stop)
+  expected = InputError if isinstance(error, OSError) else KeyboardInterrupt
+  with pytest.raises(expected, match="lm.arpa.*No space left" if expected is InputError else None):
+    arpa.write_arpa(tmp_path / "lm.arpa", kneser_ney(counted(2)), {})
+  assert not list(tmp_path.iterdir())
+  (tmp_path / "file").write_text("")
+  with pytest.raises(InputError, match="file/lm.arpa.*Not a directory"):
+    arpa.write_arpa(tmp_path / "file" / "lm.arpa", kneser_ney(counted(2)), {})
 
 
 def test_what_the_json_says_counts(tmp_path):

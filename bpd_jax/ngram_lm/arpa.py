@@ -86,8 +86,11 @@ def write_arpa(
     }
     write_object(info_path(path), {**own, **about, **own})
     partial.rename(path)
-  except OSError as error:
-    partial.unlink(missing_ok=True)
+  except BaseException as error:
+    with contextlib.suppress(OSError):
+      partial.unlink()
+    if not isinstance(error, OSError):
+      raise
     raise InputError(
         "file", str(path), f"a path that can be written ({error.strerror})"
     ) from error
