@@ -10,7 +10,7 @@ import pytest
 from bpd_jax.decoding.loop import empty_step
 from bpd_jax.decoding.scorers.cache_ngram import CacheNgramScorer
 from bpd_jax.decoding.scorers.neural import NeuralScorer
-from bpd_jax.decoding.scorers.ngram import NgramScorer
+from bpd_jax.decoding.scorers.ngram import ngram_params, NgramScorer
 from bpd_jax.decoding.scorers.no_repeat import NoRepeatScorer
 from bpd_jax.decoding.scorers.reference import ReferenceScorer
 from bpd_jax.decoding.search import SearchSettings
@@ -19,7 +19,6 @@ from bpd_jax.errors import InputError
 from bpd_jax.generation import Generator, ModelReader, neural_scoring, Scoring
 from bpd_jax.model.config import ModelConfig
 from bpd_jax.model.model import EncoderDecoder, init_params
-from bpd_jax.ngram_lm.arrays import device_arrays
 from bpd_jax.ngram_lm.backoff import join_sequences
 from bpd_jax.ngram_lm.counts import count_grams
 from bpd_jax.ngram_lm.smoothing import kneser_ney
@@ -73,7 +72,7 @@ def greedy(base, prompts):
 def arrays(greedy):
   """4-grams of the base model's own output."""
   rows = [np.where(row == 0, 2, row) for row in greedy.tokens]
-  return device_arrays(kneser_ney(count_grams(join_sequences(rows, VOCAB), 4, VOCAB), (1,) * 4))
+  return ngram_params(kneser_ney(count_grams(join_sequences(rows, VOCAB), 4, VOCAB), (1,) * 4))
 
 
 def all_scoring(base, small, arrays):

@@ -6,6 +6,7 @@ Head 1 isn't in the lattice, so it is never re-scored. Weights are traced: tryin
 others compiles nothing.
 """
 
+from collections.abc import Callable
 import dataclasses
 from typing import Any
 
@@ -112,17 +113,25 @@ class Rescorer:
       )  # [scorers, batch, depth]
       by_row = jnp.where(is_drafted, params.weights.by_step[:, None, :depth] * factor, 0)
 
-    def addends(history: Array, i: int) -> Array:
-      total = jnp.broadcast_to(scores[:, None, i], history.shape[:2] + (k,))
+    def total(history: Array, i: int, judge: Callable) -> Array:
+      sums = jnp.broadcast_to(scores[:, None, i], history.shape[:2] + (k,))
       each = zip(self.scorers, params.scorers, state)
       for number, (scorer, own, before) in enumerate(each):
-        part = history
-        if 0 <= scorer.context < history.shape[-1]:
-          part = history[..., history.shape[-1] - scorer.context :]
-        if scorer.context == 0:
-          part = part[:, :1]
-        more = scorer.score(own, before, part, lattice.tokens[:, i], i)
-        total = total + by_row[number, :, i][:, None, None] * more.astype(total.dtype)
-      return total
+        more = judge(scorer)(own, before, _cut(history, scorer.context), lattice.tokens[:, i], i)
+        sums = sums + by_row[number, :, i][:, None, None] * more.astype(sums.dtype)
+      return sums
 
-    return PathScore(self.context, addends, scores.max(-1))
+    def bound(scorer: Scorer) -> Callable:
+      # A score from one token at most is its own bound.
+      return scorer.score if 0 <= scorer.context <= 1 else scorer.bound
+
+    addends = lambda history, i: total(history, i, lambda scorer: scorer.score)
+    bounds = lambda history, i: total(history, i, bound)
+    return PathScore(self.context, addends, bounds)
+
+
+def _cut(history: Array, context: int) -> Array:
+  """The newest tokens that a scorer reads; one path where it reads none."""
+  length = history.shape[-1]
+  history = history if context < 0 else history[..., length - min(context, length) :]
+  return history[:, :1] if context == 0 else history

@@ -25,8 +25,8 @@ class SearchSettings:
   """A search with its sizes.
 
   Attributes:
-    name: "chain"; "p_best" (the p best paths, merged); "beam" (the p best of those
-      that a beam keeps); "batched" (the p best paths, each with all of its nodes, as
+    name: "chain"; "p_best" (the p best paths, merged); "beam" (those that a plain
+      beam search finds, merged); "batched" (the p best paths, each with all of its nodes, as
       in the paper's batches); "best_first" (the prefixes of highest score).
     num_paths: p, for "p_best", "beam" and "batched".
     num_nodes: nodes a call, root included; by default the depth + 1 of "chain",
@@ -161,20 +161,21 @@ def best_paths(
 ) -> Paths:
   """The p best paths.
 
-  Where an addend depends on one drafted token at most (scorers of orders up to 2),
-  a backward pass finds the best completion of every prefix, and only p prefixes
-  need to be kept at each step, as a prefix of one of the p best paths has at most
-  p - 1 prefixes with better completions beside it: exact, with p × k sums a step.
-  Otherwise a beam of the best prefixes is kept, and a row is proved exact when its
-  p-th score is no worse than the best prefix that was dropped, with each further
-  step at its bound.
+  A backward pass over `score.bounds` says what the best completion of every prefix
+  can be worth, given its last token, and the prefixes of highest sum and completion
+  are kept. Where an addend depends on one drafted token at most (scorers of orders up
+  to 2) the bounds are the addends and p prefixes are enough, as a prefix of one of the
+  p best paths has at most p - 1 prefixes with better completions beside it: exact,
+  with p × k sums a step. Otherwise a beam is kept, and a row is proved exact when its
+  p-th path is worth no less than the best prefix that was dropped can be.
 
   Args:
     lattice: [batch, depth, k].
     score: what paths are worth.
     num_paths: p, at most k ** depth (static).
-    beam_width: prefixes kept where there is a beam, at least p (static).
-    is_beam: whether to keep a beam where a context of 1 or 0 needs none (static).
+    beam_width: prefixes kept where p aren't enough, at least p (static).
+    is_beam: whether to keep the best prefixes by what they are worth so far, as a
+      plain beam search does (static).
 
   Returns:
     The paths, best first.
@@ -182,11 +183,7 @@ def best_paths(
   batch, depth, k = lattice.tokens.shape
   is_small = 0 <= score.context <= 1 and not is_beam
   width = num_paths if is_small else max(beam_width, num_paths)
-  if is_small:
-    steps, completions = _backward(lattice, score)
-  else:
-    ahead = jnp.cumsum(score.bounds[:, ::-1], axis=1)[:, ::-1]  # of steps i, i + 1, …
-    ahead = jnp.concatenate([ahead[:, 1:], jnp.zeros_like(ahead[:, :1])], axis=1)
+  steps, completions = _backward(lattice, score)
   sums = jnp.zeros([batch, 1], lattice.scores.dtype)
   choices = jnp.zeros([batch, 1, 0], jnp.int32)
   tokens = choices
@@ -196,17 +193,15 @@ def best_paths(
       addends = steps[i]  # [batch, 1 or k, k]
       if i and score.context:
         addends = jnp.take_along_axis(addends, choices[..., -1:], axis=1)
-      completion = completions[i][:, None]
     else:
       addends = score.addends(_newest(tokens, score.context), i)
-      completion = 0
     total = sums[..., None] + addends  # [batch, prefixes, k]
     keep = min(width, total.shape[1] * k)
-    value = (total + completion).reshape(batch, -1)
-    _, best = jax.lax.top_k(value, keep)
+    value = (total + completions[i][:, None]).reshape(batch, -1)
+    _, best = jax.lax.top_k(total.reshape(batch, -1) if is_beam else value, keep)
     if not is_small and keep < value.shape[1]:
-      left = _largest_left(value, best)
-      dropped = jnp.maximum(dropped, left + ahead[:, i])
+      left = value.at[jnp.arange(batch)[:, None], best].set(-jnp.inf)
+      dropped = jnp.maximum(dropped, left.max(-1))
     sums = jnp.take_along_axis(total.reshape(batch, -1), best, axis=1)
     parent, choice = best // k, (best % k).astype(jnp.int32)
     token = jnp.take_along_axis(lattice.tokens[:, i], choice, axis=1)
@@ -220,10 +215,10 @@ def best_paths(
 
 
 def _backward(lattice: Lattice, score: PathScore) -> tuple[list[Array], list[Array]]:
-  """Addends of every step, and the best completion after each candidate.
+  """Bounds of every step's addends, and of the best completion after each candidate.
 
   Returns:
-    A list of [batch, 1 or k, k] addends, and one of [batch, k].
+    A list of [batch, 1 or k, k], and one of [batch, k].
   """
   batch, depth, k = lattice.tokens.shape
   steps = []
@@ -232,7 +227,7 @@ def _backward(lattice: Lattice, score: PathScore) -> tuple[list[Array], list[Arr
       history = lattice.tokens[:, i - 1][..., None]
     else:
       history = jnp.zeros([batch, 1, 0], jnp.int32)
-    steps.append(score.addends(history, i))
+    steps.append(score.bounds(history, i))
   best = jnp.zeros([batch, k], lattice.scores.dtype)
   completions = [best]
   for i in reversed(range(1, depth)):
@@ -367,13 +362,6 @@ def _newest(tokens: Array, context: int) -> Array:
   """The newest `context` along the last axis; all for -1."""
   length = tokens.shape[-1]
   return tokens if context < 0 else tokens[..., length - min(context, length) :]
-
-
-def _largest_left(values: Array, taken: Array) -> Array:
-  """The largest of each row that isn't among `taken`."""
-  batch = values.shape[0]
-  rest = values.at[jnp.arange(batch)[:, None], taken].set(-jnp.inf)
-  return rest.max(-1)
 
 
 def _scatter(first: Array, at: Array, values: Array, length: int) -> Array:

@@ -148,12 +148,13 @@ class PathScore:
     addends: (history [batch, paths, n] int32, i) -> [batch, paths, k], what each
       candidate of step i adds to each of the paths whose newest drafted tokens are
       `history`, newest last; n = min(i, context), or i where context is -1.
-    bounds: [batch, depth], which no addend of a step exceeds.
+    bounds: as `addends`, which never exceed these, from the newest drafted token
+      alone: n = min(i, 1). What lies ahead is judged by them.
   """
 
   context: int
   addends: Callable[[Array, int], Array]
-  bounds: Array
+  bounds: Callable[[Array, int], Array]
 
 
 Verify = Callable[[Cache, Tree], Verified]
@@ -211,6 +212,22 @@ class Scorer(Protocol):
 
     Returns:
       [batch, paths, k].
+    """
+
+  def bound(
+      self, params: Any, state: Any, history: Array, candidates: Array, i: int
+  ) -> Array:
+    """At least `score`, whatever stands before `history`; read where context is above 1.
+
+    Args:
+      params: the scorer's.
+      state: from `start`.
+      history: [batch, paths, min(i, 1)] int32, the newest drafted token.
+      candidates: [batch, k] int32, of step i.
+      i: the step (static).
+
+    Returns:
+      [batch, paths or 1, k or 1]; 0 is always right.
     """
 
 

@@ -10,13 +10,12 @@ import functools
 from typing import Any
 
 from bpd_jax.decoding.scorers.cache_ngram import CacheNgramScorer
-from bpd_jax.decoding.scorers.ngram import NgramScorer
+from bpd_jax.decoding.scorers.ngram import ngram_params, NgramParams, NgramScorer
 from bpd_jax.decoding.scorers.no_repeat import NoRepeatScorer
 from bpd_jax.decoding.scorers.reference import ReferenceScorer
 from bpd_jax.errors import InputError
 from bpd_jax.generation import Generator, load, neural_scoring, Scoring
 from bpd_jax.ngram_lm.arpa import read_arpa
-from bpd_jax.ngram_lm.arrays import device_arrays, NgramArrays
 
 Weight = float | tuple[float, ...]
 
@@ -39,12 +38,13 @@ class NgramSource:
 
   def make(self, generator: Generator, max_length: int) -> Scoring:
     config = generator.config
-    arrays = _read_arrays(self.arpa, config.vocab_size, generator.vocabulary_fingerprint)
-    order = arrays.order if self.order is None else self.order
-    if not 1 <= order <= arrays.order:
-      raise InputError("NgramSource.order", order, f"1 … {arrays.order}, that of {self.arpa}")
+    params = _read_ngrams(self.arpa, config.vocab_size, generator.vocabulary_fingerprint)
+    most = params.arrays.order
+    order = most if self.order is None else self.order
+    if not 1 <= order <= most:
+      raise InputError("NgramSource.order", order, f"1 … {most}, that of {self.arpa}")
     scorer = NgramScorer(order, config.pad_id)
-    return Scoring(scorer, arrays, self.weight, self.entropy_power)
+    return Scoring(scorer, params, self.weight, self.entropy_power)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,8 +155,8 @@ def describe_source(source: Source) -> dict[str, Any]:
 
 
 @functools.lru_cache(maxsize=8)
-def _read_arrays(arpa: str, vocab_size: int, vocabulary: str | None) -> NgramArrays:
-  return device_arrays(read_arpa(arpa, vocab_size, vocabulary=vocabulary))
+def _read_ngrams(arpa: str, vocab_size: int, vocabulary: str | None) -> NgramParams:
+  return ngram_params(read_arpa(arpa, vocab_size, vocabulary=vocabulary))
 
 
 @functools.lru_cache(maxsize=4)

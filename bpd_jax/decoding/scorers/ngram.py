@@ -2,16 +2,39 @@
 
 import dataclasses
 
+from flax import struct
 import jax.numpy as jnp
 
 from bpd_jax.decoding.types import Array, Prompt, Step
 from bpd_jax.errors import InputError
-from bpd_jax.ngram_lm.arrays import log_probs, NgramArrays
+from bpd_jax.ngram_lm.arrays import device_arrays, log_probs, NgramArrays
+from bpd_jax.ngram_lm.backoff import BackOff
+from bpd_jax.ngram_lm.bounds import bound_model
+
+
+@struct.dataclass
+class NgramParams:
+  """What an `NgramScorer` reads.
+
+  Attributes:
+    arrays: the model.
+    bounds: of order 2, see `bpd_jax.ngram_lm.bounds`.
+  """
+
+  arrays: NgramArrays
+  bounds: NgramArrays
+
+
+def ngram_params(model: BackOff) -> NgramParams:
+  """The parameters of an `NgramScorer` from a model."""
+  arrays = device_arrays(model)
+  bounds = arrays if model.order <= 2 else device_arrays(bound_model(model))
+  return NgramParams(arrays, bounds)
 
 
 @dataclasses.dataclass(frozen=True)
 class NgramScorer:
-  """Log-probabilities of a model of `bpd_jax.ngram_lm`; its arrays are the parameters.
+  """Log-probabilities of a model of `bpd_jax.ngram_lm`.
 
   Attributes:
     order: n, at most that of the arrays.
@@ -29,22 +52,31 @@ class NgramScorer:
   def context(self) -> int:
     return self.order - 1
 
-  def init(self, params: NgramArrays, prompt: Prompt) -> Array:
+  def init(self, params: NgramParams, prompt: Prompt) -> Array:
     """The newest certain tokens, [batch, order - 1] int32, -1 where there is none."""
     batch = prompt.tokens.shape[0]
     none = jnp.full([batch, max(self.context - 1, 0)], -1, jnp.int32)
     start = jnp.full([batch, min(self.context, 1)], self.start_id, jnp.int32)
     return jnp.concatenate([none, start], axis=1)
 
-  def start(self, params: NgramArrays, state: Array, step: Step) -> Array:
+  def start(self, params: NgramParams, state: Array, step: Step) -> Array:
     both = jnp.concatenate([state, step.tokens], axis=1)
     # What counts of `both` ends where the certain tokens do.
     at = step.num_tokens[:, None] + jnp.arange(self.context)
     return jnp.take_along_axis(both, at, axis=1)
 
   def score(
-      self, params: NgramArrays, state: Array, history: Array, candidates: Array, i: int
+      self, params: NgramParams, state: Array, history: Array, candidates: Array, i: int
   ) -> Array:
+    return self._read(params.arrays, state, history, candidates, self.context)
+
+  def bound(
+      self, params: NgramParams, state: Array, history: Array, candidates: Array, i: int
+  ) -> Array:
+    return self._read(params.bounds, state, history, candidates, min(self.context, 1))
+
+  def _read(self, arrays: NgramArrays, state, history, candidates, context: int) -> Array:
     batch, num_paths, n = history.shape
-    certain = jnp.broadcast_to(state[:, None, n:], (batch, num_paths, self.context - n))
-    return log_probs(params, jnp.concatenate([certain, history], axis=2), candidates)
+    certain = state[:, None, self.context - (context - n) :]
+    certain = jnp.broadcast_to(certain, (batch, num_paths, context - n))
+    return log_probs(arrays, jnp.concatenate([certain, history], axis=2), candidates)
