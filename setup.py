@@ -11,7 +11,9 @@ EXTRAS = {
     # Ahead-of-time compilation for TPUs on a machine that has none.
     "plan-tpu": ["libtpu>=0.0.42,<0.1"],
     # Peers that the benchmark runs beside this package.
-    "bench": ["torch>=2.9", "transformers>=5.0,<6", "ctranslate2>=4.6", "kenlm>=0.2"],
+    "bench": [
+        "torch>=2.9", "transformers>=5.0,<6", "ctranslate2>=4.6", "kenlm>=0.2", "pynini>=2.1.6",
+    ],
     # Preparing data; neither training nor decoding imports TensorFlow.
     "data": [
         "array_record>=0.8",

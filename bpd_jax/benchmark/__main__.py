@@ -12,14 +12,24 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from bpd_jax.benchmark.decode import BLOCK_SIZE, measure, Options, print_report
 from bpd_jax.benchmark.engines import describe_machine, pin_cores, TABLE_WIDTH
+from bpd_jax.benchmark.rescoring import (
+    measure_rescoring,
+    print_rescoring_report,
+    RescoringOptions,
+)
 from bpd_jax.benchmark.train import measure_training, print_training_report, TrainOptions
 from bpd_jax.errors import InputError
 from bpd_jax.launch import run
 from bpd_jax.model.config import ModelConfig
 
 HELP = {
+    "beam_width": "prefixes of a beam, for orders above 2",
+    "depth": "steps of a lattice",
+    "nodes": "of the decoder call that the cost is put beside",
+    "num_paths": "best paths to find",
+    "top_k": "candidates of a step",
     "batch_size": "rows of a step",
-    "batch_sizes": "rows decoded together",
+    "batch_sizes": "rows or lattices together",
     "block_size": "h of the model with heads",
     "input_length": "tokens of a row's inputs",
     "output_length": "tokens of a row's outputs",
@@ -29,6 +39,7 @@ HELP = {
 }
 COMMANDS = {
     "decode": (Options, "greedy and blockwise decoding"),
+    "rescoring": (RescoringOptions, "n-grams over lattices, beside OpenFST and a decoder call"),
     "train": (TrainOptions, "training steps, without and with parallel heads"),
 }
 
@@ -37,7 +48,7 @@ def main(argv: Sequence[str]) -> None:
   """Measures; see `--help`."""
   parser = argparse.ArgumentParser(
       prog="python -m bpd_jax.benchmark",
-      description="Times decoding or training on this machine's CPU, beside other engines.",
+      description="Times decoding, re-scoring or training on a CPU, beside other engines.",
   )
   commands = parser.add_subparsers(dest="command", required=True)
   for command, (options_class, text) in COMMANDS.items():
@@ -59,8 +70,11 @@ def main(argv: Sequence[str]) -> None:
     raise InputError("json", file, "a file in a folder that exists")
   pin_cores(options.threads)
   config = ModelConfig(block_size=BLOCK_SIZE if command == "decode" else 1)
-  # As a CPU trains fastest.
-  config = config if command == "decode" else config.replace(scan_unroll=config.num_encoder_layers)
+  if command == "train":
+    # As a CPU trains fastest.
+    config = config.replace(scan_unroll=config.num_encoder_layers)
+  if command == "rescoring":
+    config = config.replace(block_size=options.depth + 1)
   machine = describe_machine(options.threads)
   console = Console()
   console.width = max(console.width, TABLE_WIDTH)
@@ -74,11 +88,15 @@ def main(argv: Sequence[str]) -> None:
   with Progress(*columns, console=console, transient=True) as progress:
     if command == "decode":
       figures = {"batches": measure(config, options, progress, console.print)}
+    elif command == "rescoring":
+      figures = measure_rescoring(config, options, progress, console.print)
     else:
       figures = measure_training(config, options, progress, console.print)
   if command == "decode":
     for record in figures["batches"]:
       print_report(console, record, options)
+  elif command == "rescoring":
+    print_rescoring_report(console, figures, options)
   else:
     print_training_report(console, figures, options)
   if file is not None:
