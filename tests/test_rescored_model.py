@@ -98,8 +98,16 @@ SEARCHES = {
 }
 
 
-@pytest.mark.parametrize("search", SEARCHES)
-@pytest.mark.parametrize("name", ["none", "2-gram", "4-gram", "neural", "neural and n-gram"])
+# Each pair is a loop to compile. Half of them are always run, every scorer and every
+# search among them; the other half is slow.
+NAMES = ("none", "2-gram", "4-gram", "neural", "neural and n-gram")
+PAIRS = [
+    pytest.param(name, search, marks=[pytest.mark.slow] if (i + j) % 2 else [])
+    for i, name in enumerate(NAMES) for j, search in enumerate(SEARCHES)
+]
+
+
+@pytest.mark.parametrize("name,search", PAIRS)
 def test_tokens_are_greedys(base, small, arrays, prompts, greedy, name, search):
   top_k, search = SEARCHES[search]
   with jax.enable_x64(True):

@@ -75,8 +75,15 @@ def run(rng, search, scorers, hit_rate, rows=ROWS):
   return jax.device_get(state.replace(key=None)), greedy, lengths, table
 
 
-@pytest.mark.parametrize("search", SEARCHES)
-@pytest.mark.parametrize("scorers", SCORERS)
+# Each pair is a loop to compile. Half of them are always run, every scorer and every
+# search among them; the other half is slow.
+PAIRS = [
+    pytest.param(scorers, search, marks=[pytest.mark.slow] if (i + j) % 2 else [])
+    for i, scorers in enumerate(SCORERS) for j, search in enumerate(SEARCHES)
+]
+
+
+@pytest.mark.parametrize("scorers,search", PAIRS)
 def test_tokens_are_greedys(scorers, search):
   # 36 × 128 rows. No scorer and no search may change what is emitted.
   rng = np.random.default_rng([len(scorers), len(search)])

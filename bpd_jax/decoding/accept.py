@@ -25,6 +25,16 @@ class ExactMatch:
 
 
 @dataclasses.dataclass(frozen=True)
+class NothingPasses:
+  """No drafted token passes: one token a call, to look at every draft. Exact."""
+
+  reads_logits = False
+
+  def passes(self, tree: Tree, verified: Verified) -> Array:
+    return jnp.zeros(tree.tokens.shape, bool)
+
+
+@dataclasses.dataclass(frozen=True)
 class ApproximateTopK:
   """A token passes iff it is among the base model's k best (Stern, §5.1)."""
 

@@ -20,6 +20,7 @@ from rich.progress import track
 
 from bpd_jax.decoding import loop
 from bpd_jax.decoding import tree as trees
+from bpd_jax.decoding.accept import ExactMatch, NothingPasses
 from bpd_jax.decoding.types import Cache, Prompt, Tree, Verified
 from bpd_jax.errors import InputError
 from bpd_jax.generation import (
@@ -207,7 +208,7 @@ def _replay(model, settings: DecodeSettings, view, tokens, hidden, limits, promp
   return loop.decode(
       recorded_verify(tokens, hidden, config.pad_id), drafter, view, state,
       search=settings.search.make(settings.depth), rescorer=settings.rescorer,
-      rescorer_params=params, eos_id=config.eos_id,
+      rescorer_params=params, rule=settings.rule, eos_id=config.eos_id,
   )
 
 
@@ -222,7 +223,8 @@ def replay(
     recording: of its greedy output.
     batch_size: rows together; the last batch is filled with dead rows.
     scoring: as of `Generator.generate`.
-    **options: of `Generator.settings`: method, block_size, verify_width, top_k, search.
+    **options: of `Generator.settings`: method, block_size, verify_width, top_k, search,
+      and an exact rule.
 
   Returns:
     Tokens, calls and traces as `Generator.generate` has them; no texts, no times.
@@ -234,7 +236,7 @@ def replay(
       **{"method": "blockwise", "max_length": recording.tokens.shape[1]} | options,
       scoring=scoring,
   )
-  if settings.rule.reads_logits or type(settings.rule).__name__ != "ExactMatch":
+  if not isinstance(settings.rule, ExactMatch | NothingPasses):
     raise InputError("rule", settings.rule, "exact acceptance, all that a recording can judge")
   params = rescorer_params(scoring, settings.depth)
   done = []

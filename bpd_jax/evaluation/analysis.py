@@ -1,0 +1,225 @@
+"""Why drafts are accepted or not, from a recording (Kim et al. 2024, §5 and App. H).
+
+`head_statistics` looks at the heads alone: accuracy, recall and entropy. `drafts_everywhere`
+has a method draft after every prefix of greedy's output, so that two methods can be
+compared draft by draft (`compare_drafts`), which their own decoding, at different
+prefixes, can't. `describe_repetition` and `efficiency_by_position` read any traces.
+"""
+
+from collections.abc import Sequence
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bpd_jax.decoding.accept import NothingPasses
+from bpd_jax.evaluation.replay import Recording, replay
+from bpd_jax.generation import Call, Generation, Generator, Scoring
+
+RECALLS = (1, 2, 4, 8, 16)
+# Rows of which all heads' logits are held together.
+ROWS = 4
+
+
+def head_statistics(generator: Generator, recording: Recording) -> dict[str, list]:
+  """What each head knows, over every position of greedy's output that it has a token for.
+
+  Args:
+    generator: the recorded model.
+    recording: of its greedy output.
+
+  Returns:
+    Lists by head, head 1 first: `positions`; `accuracy`; `entropy`, the mean in nats
+    over the vocabulary; `recall`, a list for each head, of the k best for each k of
+    `RECALLS`.
+  """
+  sums = None
+  model, view = generator.model, generator.view
+  for first in range(0, len(recording), ROWS):
+    part = np.arange(first, first + ROWS)
+    chosen = np.minimum(part, len(recording) - 1)
+    lengths = np.where(part < len(recording), recording.lengths[chosen], 0)
+    found = jax.device_get(
+        _head_sums(model, view, recording.hidden[chosen], recording.tokens[chosen], lengths)
+    )
+    sums = found if sums is None else jax.tree.map(np.add, sums, found)
+  count = sums["positions"]
+  recall = (sums["hits"] / count[:, None]).tolist()
+  return {
+      "positions": count.astype(int).tolist(), "accuracy": [row[0] for row in recall],
+      "entropy": (sums["entropy"] / count).tolist(), "recall": recall,
+  }
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _head_sums(model, view, hidden, tokens, lengths):
+  apply = functools.partial(model.apply, {"params": view})
+  batch, length, d = hidden.shape
+  first = apply(hidden, method="logits")[:, :, None]
+  logits = first
+  if model.config.block_size > 1:
+    rest = apply(hidden.reshape(-1, d), method="head_logits")
+    logits = jnp.concatenate([first, rest.reshape(batch, length, *rest.shape[1:])], axis=2)
+  heads = logits.shape[2]
+  at = jnp.arange(length)[:, None] + jnp.arange(heads)  # [length, heads]
+  has_token = at < lengths[:, None, None]
+  right = jnp.take(tokens, jnp.minimum(at, length - 1), axis=1)
+  own = jnp.take_along_axis(logits, right[..., None], axis=-1)
+  index = jnp.arange(logits.shape[-1])
+  # Equal logits rank by index, as in decoding.
+  rank = ((logits > own) | ((logits == own) & (index < right[..., None]))).sum(-1)
+  logs = jax.nn.log_softmax(logits, axis=-1)
+  entropy = -(jnp.exp(logs) * logs).sum(-1)
+  over = lambda x: jnp.where(has_token, x, 0).sum((0, 1)).astype(jnp.float32)
+  return {
+      "positions": over(jnp.ones_like(rank)), "entropy": over(entropy),
+      "hits": jnp.stack([over(rank < k) for k in RECALLS], axis=-1),
+  }
+
+
+def rising_heads(entropy: Sequence[float]) -> int:
+  """h_max: how many heads, from the first on, have entropies that don't fall."""
+  for i in range(1, len(entropy)):
+    if entropy[i] < entropy[i - 1]:
+      return i
+  return len(entropy)
+
+
+def drafts_everywhere(
+    generator: Generator, recording: Recording, *, scoring: Sequence[Scoring] = (),
+    **options: Any,
+) -> list[list[Call]]:
+  """What a method drafts after each prefix of greedy's output.
+
+  Args:
+    generator: the recorded model.
+    recording: of its greedy output.
+    scoring: as of `Generator.generate`.
+    **options: as of `replay`.
+
+  Returns:
+    For each row a call for each number of certain tokens, from 1 to all but one of
+    them; `emitted` is all that greedy emits after them, so that `Call.accepted` is what
+    the draft is worth there.
+  """
+  found = replay(generator, recording, scoring=scoring, rule=NothingPasses(), **options)
+  return [
+      [
+          Call(call.draft, tokens[n:].tolist(), call.parents, call.is_exact)
+          for n, call in enumerate(trace) if n
+      ]
+      for tokens, trace in zip(found.tokens, found.traces, strict=True)
+  ]
+
+
+def first_path(root: int, call: Call) -> list[int]:
+  """The root and the first path of a draft: the best one of a search for paths."""
+  parents = range(-1, len(call.draft) - 1) if call.parents is None else call.parents
+  path, last = [root], -1
+  for node, parent in enumerate(parents):
+    if parent == last:
+      path.append(call.draft[node])
+      last = node
+  return path
+
+
+def num_repeats(path: Sequence[int]) -> int:
+  """How many tokens of a path equal the one before."""
+  return sum(a == b for a, b in zip(path, path[1:]))
+
+
+def longest_run(path: Sequence[int]) -> int:
+  """Tokens of the longest run of one token."""
+  longest = run = 1
+  for a, b in zip(path, path[1:]):
+    run = run + 1 if a == b else 1
+    longest = max(longest, run)
+  return longest
+
+
+def describe_repetition(generation: Generation) -> dict[str, float]:
+  """Repeats in the drafts of a decoding, each with its root (Kim et al. 2024, §2.1).
+
+  Returns:
+    `consecutive`, the share of adjacent pairs that are one token twice; `longest_run`,
+    the mean over drafts. Of the first path where there are several.
+  """
+  pairs = repeats = 0
+  runs = []
+  for tokens, trace in zip(generation.tokens, generation.traces, strict=True):
+    done = 0
+    for call in trace:
+      if call.draft:
+        path = first_path(int(tokens[done - 1]), call)
+        pairs += len(path) - 1
+        repeats += num_repeats(path)
+        runs.append(longest_run(path))
+      done += len(call.emitted)
+  return {
+      "consecutive": repeats / pairs if pairs else 0.0,
+      "longest_run": float(np.mean(runs)) if runs else 0.0,
+  }
+
+
+def compare_drafts(
+    recording: Recording, before: Sequence[Sequence[Call]], after: Sequence[Sequence[Call]]
+) -> dict[str, float]:
+  """Two methods draft by draft, from `drafts_everywhere`.
+
+  Returns:
+    `wins`, `ties`, `losses`: share of the prefixes where `after` has more, as many or
+    fewer accepted tokens; `repairs`: share of the wins whose first path repeats tokens
+    less often than before; `regressions`: of the losses, more often.
+  """
+  wins = ties = losses = repairs = regressions = 0
+  for tokens, old_calls, new_calls in zip(recording.tokens, before, after, strict=True):
+    for n, (old, new) in enumerate(zip(old_calls, new_calls, strict=True)):
+      change = new.num_accepted - old.num_accepted
+      root = int(tokens[n])
+      repeats = num_repeats(first_path(root, new)) - num_repeats(first_path(root, old))
+      wins += change > 0
+      ties += change == 0
+      losses += change < 0
+      repairs += change > 0 and repeats < 0
+      regressions += change < 0 and repeats > 0
+  total = max(wins + ties + losses, 1)
+  return {
+      "wins": wins / total, "ties": ties / total, "losses": losses / total,
+      "repairs": repairs / wins if wins else 0.0,
+      "regressions": regressions / losses if losses else 0.0,
+  }
+
+
+def efficiency_by_position(generation: Generation, width: int = 16) -> list[dict[str, float]]:
+  """Block efficiency of calls by where in the output they begin.
+
+  Args:
+    generation: any decoding.
+    width: positions of a bin.
+
+  Returns:
+    For each bin that has calls `start`, `calls` and `block_efficiency`.
+  """
+  calls: dict[int, int] = {}
+  tokens: dict[int, int] = {}
+  for trace in generation.traces:
+    done = 0
+    for call in trace:
+      place = done // width
+      calls[place] = calls.get(place, 0) + 1
+      tokens[place] = tokens.get(place, 0) + len(call.emitted)
+      done += len(call.emitted)
+  return [
+      {
+          "start": place * width, "calls": calls[place],
+          "block_efficiency": tokens[place] / calls[place],
+      }
+      for place in sorted(calls)
+  ]
+
+
+def closed_distance(plain: float, refined: float, oracle: float) -> float | None:
+  """The part of the way from plain drafts to the oracle that a method goes; None at 0."""
+  return None if oracle <= plain else (refined - plain) / (oracle - plain)
