@@ -14,6 +14,8 @@ EXTRAS = {
     "bench": [
         "torch>=2.9", "transformers>=5.0,<6", "ctranslate2>=4.6", "kenlm>=0.2", "pynini>=2.1.6",
     ],
+    # Plots of an evaluation's report.
+    "report": ["matplotlib>=3.9"],
     # Preparing data; neither training nor decoding imports TensorFlow.
     "data": [
         "array_record>=0.8",
@@ -36,7 +38,7 @@ EXTRAS["test"] = [
     "pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6", "ruff",
     # kenlm is built by a C++ compiler; tests that compare with it are skipped without.
     *(name for name in EXTRAS["bench"] if not name.startswith("kenlm")),
-    *EXTRAS["plan-tpu"], *EXTRAS["data"],
+    *EXTRAS["plan-tpu"], *EXTRAS["report"], *EXTRAS["data"],
 ]
 
 setup(

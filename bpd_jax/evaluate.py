@@ -8,6 +8,7 @@ docs/reading_results.md says what the figures mean.
 """
 
 from collections.abc import Sequence
+import importlib.util
 import itertools
 import json
 from pathlib import Path
@@ -16,7 +17,14 @@ from typing import Any
 
 import gin
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    track,
+)
 
 from bpd_jax.data.jsonl import JsonlTask
 from bpd_jax.data.rows import rows_fingerprint, RowsTask
@@ -24,6 +32,7 @@ from bpd_jax.environment import describe_device, git_revision, versions
 from bpd_jax.errors import InputError
 from bpd_jax.evaluation.quality import check_metric, describe_quality
 from bpd_jax.evaluation.replay import record
+from bpd_jax.evaluation.report import analyse_task, make_report
 from bpd_jax.evaluation.run import GREEDY, measure_methods, Measurement, Method
 from bpd_jax.evaluation.scoring import load_scoring
 from bpd_jax.evaluation.table import means_over_learned, print_results
@@ -47,6 +56,7 @@ def evaluate(
     max_decode_length: int = 128,
     repeats: int = 3,
     tuning: Tuning | None = None,
+    has_report: bool = False,
     dtype: str | None = None,
     partitioning: Partitioning | None = None,
 ) -> dict[str, Any]:
@@ -63,6 +73,8 @@ def evaluate(
     repeats: timed passes of each method.
     tuning: how the scorers' weights are chosen for each task, on rows of it that
       aren't reported then; the weights are as the scorers say without it.
+    has_report: whether to analyse drafts as well and write `analysis.json` and
+      `report.html`; needs the extra `report`.
     dtype: to compute in, instead of the checkpoint's.
     partitioning: where the model lives; one device by default.
 
@@ -75,6 +87,8 @@ def evaluate(
       greedy's and can't be near ties.
   """
   _check_names(tasks, methods)
+  if has_report and importlib.util.find_spec("matplotlib") is None:
+    raise InputError("has_report", True, "False, as matplotlib isn't installed (extra report)")
   every = {task.name: task.rows() for task in tasks}
   chosen = {
       name: split_rows([row["inputs"] for row in own], tuning.num_rows if tuning else 0)
@@ -131,6 +145,8 @@ def evaluate(
     }
     results["means_over_learned_tasks"] = means_over_learned(results["tasks"])
     _write(folder, results, rows, measured)
+    if has_report:
+      _write_report(folder, results, model, prompts, measured, methods, scoring, console)
   print_results(results, console)
   wrong = []
   for task, by_method in measured.items():
@@ -202,6 +218,23 @@ def _write(
           line = {**row, "output": text, "tokens": tokens.tolist(), "decoder_calls": calls}
           file.write(json.dumps(line, ensure_ascii=False) + "\n")
   write_object(folder / "results.json", results)
+
+
+def _write_report(
+    folder: Path, results: dict[str, Any], model: Generator,
+    prompts: dict[str, list[list[int]]], measured: dict[str, dict[str, Measurement]],
+    methods: Sequence[Method], scoring: dict[str, dict[str, tuple[Scoring, ...]]],
+    console: Console,
+) -> None:
+  """Analyses every task and writes `analysis.json` and `report.html`."""
+  analysis = {}
+  for task in track(results["tasks"], "analysis", console=console):
+    greedy = measured[task][GREEDY.name].generation
+    recording = record(model, prompts[task], greedy, results["max_decode_length"])
+    analysis[task] = analyse_task(model, recording, methods, scoring[task])
+  write_object(folder / "analysis.json", analysis)
+  page = make_report(results, analysis, model.vocabulary)
+  (folder / "report.html").write_text(page, encoding="utf-8")
 
 
 def main(argv: Sequence[str]) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+import re
 
 import gin
 import jax
@@ -169,8 +170,31 @@ def test_run_file_refines_drafts_and_reports_rows_that_it_did_not_tune_on(
   assert not [key for key in methods["ngram4"] if f"`{key}`" not in explained]
   assert 0 < methods["best16_4gram"]["proved_searches"] <= 1
   calls = {name: entry["decoder_calls"] for name, entry in methods.items()}
+  if names == FEW:
+    check_report(tmp_path / "out", "rows", methods)
   oracles = [calls[f"oracle_k{k}"] for k in (2, 4, 8, 16) if f"oracle_k{k}" in calls]
   assert oracles == sorted(oracles, reverse=True) and oracles[-1] < calls["greedy"]
+
+
+def check_report(folder, task, methods):
+  """The page holds every method, needs nothing from outside, and shows what was decoded."""
+  analysis = json.loads((folder / "analysis.json").read_text())
+  page = (folder / "report.html").read_text()
+  own = analysis[task]
+  assert set(own["methods"]) == set(methods) - {"greedy"}
+  for name, entry in own["methods"].items():
+    # Replay in another batch and program counts what live decoding counted.
+    assert entry["block_efficiency"] == pytest.approx(methods[name]["block_efficiency"], rel=0.02)
+    assert f"<td>{name}</td>" in page
+  assert own["methods"]["oracle_k4"]["closed_distance"] == 1
+  assert own["methods"]["blockwise"]["closed_distance"] == 0
+  links = re.findall(r"(?:src|href|url)\s*[=(]\s*[\"']?([^\"'\s>)]+)", page)
+  assert all(link.startswith("#") for link in links), links
+  assert page.count("<svg") == 2 and "<script" not in page
+  decodes = own["decodes"]
+  assert {decode["method"] for decode in decodes} == {"blockwise", "neural_ngram"}
+  for decode in decodes:
+    assert f"decoded with {decode['method']}: {len(decode['calls'])} calls" in page
 
 
 def test_files_that_are_not_this_models(folders, tmp_path):

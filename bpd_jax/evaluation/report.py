@@ -1,0 +1,327 @@
+"""One HTML file of an evaluation: tables, plots, and decodes to watch.
+
+Everything is in the file; it opens from disk without a network. `analyse_task` gathers
+what `results.json` doesn't have, `make_report` writes both down.
+"""
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+import html
+import io
+from typing import Any
+
+import numpy as np
+
+from bpd_jax.evaluation.analysis import (
+    closed_distance,
+    compare_drafts,
+    describe_repetition,
+    drafts_everywhere,
+    efficiency_by_position,
+    head_statistics,
+    RECALLS,
+    rising_heads,
+)
+from bpd_jax.evaluation.replay import Recording, replay
+from bpd_jax.evaluation.run import Method
+from bpd_jax.evaluation.scoring import is_oracle
+from bpd_jax.evaluation.watch import watch
+from bpd_jax.generation import Call, Generator, Scoring
+from bpd_jax.vocabulary import Vocabulary
+
+# Candidates of a step that a decode shows, besides the one that was chosen.
+SHOWN = 4
+
+
+def analyse_task(
+    generator: Generator, recording: Recording, methods: Sequence[Method],
+    scoring: Mapping[str, Sequence[Scoring]], num_decodes: int = 2,
+) -> dict[str, Any]:
+  """What a task's recording says of the heads and of every method that reads them.
+
+  Args:
+    generator: the recorded model.
+    recording: of the reported rows.
+    methods: those that don't draft with heads are left out.
+    scoring: of each method by name.
+    num_decodes: rows to watch, with plain drafts and with the last method that
+      re-scores.
+
+  Returns:
+    Ready for JSON: `heads`, see `head_statistics`, with `rising_heads`; `methods`, for
+    each `block_efficiency`, `repetition`, `by_position`, `against_plain` (see
+    `compare_drafts`; absent without a plain method) and `closed_distance` (absent
+    without an oracle); `decodes`, each `method`, `row` and `calls`.
+  """
+  methods = [method for method in methods if method.method == "blockwise"]
+  heads = head_statistics(generator, recording)
+  heads["rising_heads"] = rising_heads(heads["entropy"])
+  plain = next((x for x in methods if x.top_k == 1 and not x.scorers), None)
+  oracles = [x for x in methods if is_oracle(x.scorers)]
+  options = {x.name: {**x.options, "scoring": scoring[x.name]} for x in methods}
+  drafts_before = None
+  if plain is not None:
+    drafts_before = drafts_everywhere(generator, recording, **options[plain.name])
+  found = {}
+  for method in methods:
+    decoded = replay(generator, recording, **options[method.name])
+    entry = {
+        "block_efficiency": decoded.block_efficiency,
+        "repetition": describe_repetition(decoded),
+        "by_position": efficiency_by_position(decoded),
+    }
+    if plain is not None and method is not plain:
+      after = drafts_everywhere(generator, recording, **options[method.name])
+      entry["against_plain"] = compare_drafts(recording, drafts_before, after)
+    found[method.name] = entry
+  if plain is not None and oracles:
+    best = max(oracles, key=lambda x: x.top_k)
+    low, high = (found[x.name]["block_efficiency"] for x in (plain, best))
+    for entry in found.values():
+      entry["closed_distance"] = closed_distance(low, entry["block_efficiency"], high)
+  refined = [x for x in methods if x.scorers and not is_oracle(x.scorers)]
+  shown = [x for x in (plain, *refined[-1:]) if x is not None]
+  decodes = [
+      {
+          "method": method.name, "row": row,
+          "scorers": [type(source).__name__.removesuffix("Source") for source in method.scorers],
+          "calls": [dataclasses.asdict(call) for call in watch(
+              generator, recording, row, **options[method.name])],
+      }
+      for row in range(min(num_decodes, len(recording))) for method in shown
+  ]
+  return {"heads": heads, "methods": found, "decodes": decodes}
+
+
+def make_report(
+    results: Mapping[str, Any], analysis: Mapping[str, Any], vocabulary: Vocabulary
+) -> str:
+  """The page.
+
+  Args:
+    results: what `results.json` holds.
+    analysis: of each task by name, from `analyse_task`.
+    vocabulary: names the tokens of the decodes.
+  """
+  parts = [
+      "<h1>Block efficiency and what is behind it</h1>",
+      f"<p>{_text(results['checkpoint'])}: {_text(results['device'])}, "
+      f"{_text(results['dtype'])}, batch {results['batch_size']}, at most "
+      f"{results['max_decode_length']} tokens. Rows {_text(results['rows_fingerprint'])}, "
+      f"source {_text(str(results['git_revision']))}. Block efficiency is tokens a decoder "
+      "call and not a speed; the speed-up stands beside it.</p>",
+      _plot_efficiency(results),
+  ]
+  for name, task in results["tasks"].items():
+    verdict = {True: "learned", False: "<b>not learned</b>", None: "no references"}
+    parts.append(f"<h2>{_text(name)} <small>{verdict[task['learned']]}</small></h2>")
+    parts.append(_task_line(task))
+    own = analysis.get(name, {"methods": {}, "decodes": [], "heads": None})
+    parts.append(_method_table(task["methods"], own["methods"]))
+    if own["heads"]:
+      parts += [_head_table(own["heads"]), _plot_heads(own)]
+    parts += [_decode(decode, vocabulary) for decode in own["decodes"]]
+  body = "\n".join(parts)
+  return (
+      "<!DOCTYPE html>\n<html lang='en'><head><meta charset='utf-8'>"
+      f"<title>Block efficiency</title><style>{STYLE}</style></head><body>{body}</body></html>\n"
+  )
+
+
+def _text(value: Any) -> str:
+  return html.escape(str(value))
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+  head = "".join(f"<th>{cell}</th>" for cell in header)
+  body = "".join(
+      "<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows
+  )
+  return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _task_line(task: Mapping[str, Any]) -> str:
+  """Rows and quality in words."""
+  line = f"{task['examples']} rows of {_text(task['split'])}"
+  if task["tuning_examples"]:
+    line += f", weights tuned on {task['tuning_examples']} others"
+  if task["quality"] is not None:
+    metric = task["main_metric"]
+    floors = ", ".join(
+        f"{_text(name.replace('_', ' '))} {value:.3f}"
+        for name, value in task["quality_floors"].items()
+    )
+    line += f"; {_text(metric)} {task['quality'][metric]:.3f}, floors: {floors}"
+  return f"<p>{line}; {task['repetition']['looping_rows']:.0%} of the outputs loop.</p>"
+
+
+def _method_table(methods: Mapping[str, Any], analysis: Mapping[str, Any]) -> str:
+  percent = lambda value: "" if value is None else f"{value:.1%}"
+  rows = []
+  for name, entry in methods.items():
+    own = analysis.get(name, {})
+    low, high = entry["block_efficiency_interval"]
+    free = entry["block_efficiency_loop_free"]
+    repeats, against = own.get("repetition"), own.get("against_plain", {})
+    weights = ", ".join(
+        f"{_text(scorer['scorer'])} {_weight(scorer['weight'])}"
+        for scorer in entry.get("scorers", []) if "weight" in scorer
+    )
+    rows.append([
+        _text(name), str(entry["nodes"]), f"{entry['block_efficiency']:.3f}",
+        f"{low:.2f}–{high:.2f}", "" if free is None else f"{free:.3f}",
+        percent(own.get("closed_distance")), f"{entry['speedup_over_greedy']:.2f}×",
+        percent(repeats and repeats["consecutive"]),
+        f"{repeats['longest_run']:.2f}" if repeats else "",
+        *(percent(against.get(key)) for key in ("wins", "losses", "repairs", "regressions")),
+        percent(entry["proved_searches"]), weights,
+    ])
+  return _table([
+      "method", "nodes", "block efficiency", "95 %", "loop-free", "of the way to the oracle",
+      "speed-up", "repeated pairs", "longest run", "wins", "losses", "repairs", "regressions",
+      "proved", "weights",
+  ], rows)
+
+
+def _weight(weight: float | Sequence[float]) -> str:
+  if isinstance(weight, int | float):
+    return f"{weight:g}"
+  return "[" + " ".join(f"{value:g}" for value in weight) + "]"
+
+
+def _head_table(heads: Mapping[str, Any]) -> str:
+  rows = [
+      [
+          str(i + 1), f"{heads['positions'][i]:,}", f"{heads['entropy'][i]:.2f}",
+          *(f"{value:.1%}" for value in heads["recall"][i]),
+      ]
+      for i in range(len(heads["positions"]))
+  ]
+  note = f"<p>Entropy doesn't fall up to head {heads['rising_heads']}.</p>"
+  names = ["head", "positions", "entropy, nats", "accuracy"]
+  return _table([*names, *(f"among {k}" for k in RECALLS[1:])], rows) + note
+
+
+def _svg(figure: Any) -> str:
+  """A matplotlib figure as an inline drawing."""
+  out = io.StringIO()
+  figure.savefig(out, format="svg", bbox_inches="tight", metadata={"Date": None})
+  text = out.getvalue()
+  return f"<figure>{text[text.index('<svg'):]}</figure>"
+
+
+def _figure(width: float, height: float, columns: int = 1):
+  from matplotlib.figure import Figure
+
+  figure = Figure((width, height))
+  return figure, figure.subplots(1, columns, squeeze=False)[0]
+
+
+def _plot_efficiency(results: Mapping[str, Any]) -> str:
+  """Block efficiency of every method on every task, a group of bars a task."""
+  tasks = results["tasks"]
+  names = [name for name in next(iter(tasks.values()))["methods"] if name != "greedy"]
+  figure, (axes,) = _figure(11, 3)
+  width = 0.8 / max(len(names), 1)
+  for i, name in enumerate(names):
+    entries = [task["methods"][name] for task in tasks.values()]
+    values = np.array([entry["block_efficiency"] for entry in entries])
+    bounds = np.array([entry["block_efficiency_interval"] for entry in entries])
+    errors = np.maximum(np.abs(bounds.T - values), 0)
+    axes.bar(np.arange(len(tasks)) + i * width, values, width, yerr=errors, label=name)
+  axes.set_xticks(np.arange(len(tasks)) + 0.4, list(tasks))
+  axes.axhline(1, color="black", linewidth=0.8)
+  axes.set_ylabel("block efficiency")
+  axes.legend(fontsize=7, ncols=2, bbox_to_anchor=(1, 1))
+  return _svg(figure)
+
+
+def _plot_heads(analysis: Mapping[str, Any]) -> str:
+  """Accuracy, recall and entropy by head; efficiency by position."""
+  heads = analysis["heads"]
+  number = np.arange(1, len(heads["positions"]) + 1)
+  figure, (left, middle, right) = _figure(11, 2.6, 3)
+  recall = np.array(heads["recall"])
+  for column, k in enumerate(RECALLS):
+    left.plot(number, recall[:, column], marker=".", label=f"among {k}")
+  left.set(xlabel="head", title="recall", ylim=(0, 1.02))
+  left.legend(fontsize=7)
+  middle.plot(number, heads["entropy"], marker=".")
+  middle.set(xlabel="head", title="entropy, nats")
+  for name, entry in analysis["methods"].items():
+    places = entry["by_position"]
+    right.plot(
+        [place["start"] for place in places], [place["block_efficiency"] for place in places],
+        marker=".", label=name,
+    )
+  right.set(xlabel="position in the output", title="block efficiency")
+  right.legend(fontsize=5, bbox_to_anchor=(1, 1))
+  return _svg(figure)
+
+
+def _decode(decode: Mapping[str, Any], vocabulary: Vocabulary) -> str:
+  """A decoding, closed until it is clicked on."""
+  calls = [_call(n, call, vocabulary)
+           for n, call in enumerate(decode["calls"], start=1)]
+  title = f"row {decode['row'] + 1} decoded with {_text(decode['method'])}: {len(calls)} calls"
+  legend = (
+      "<p>Each column is a step of the lattice, its best candidates from above; the chosen one "
+      "is framed, green where it was accepted and red where not. Under each stand the head's "
+      "log-probability and what each scorer adds"
+      + (f" ({_text(', '.join(decode['scorers']))})" if decode["scorers"] else "")
+      + ". Blue is the base model's own token.</p>"
+  )
+  return f"<details><summary>{title}</summary>{legend}{''.join(calls)}</details>"
+
+
+def _call(number: int, watched: Mapping[str, Any], vocabulary: Vocabulary) -> str:
+  call = watched["call"]
+  num_accepted = Call(call["draft"], call["emitted"], call["parents"]).num_accepted
+  accepted = call["emitted"][:num_accepted]
+  free = call["emitted"][len(accepted) :]
+  piece = lambda token: _text(vocabulary.piece(token)).replace("\n", "⏎")
+  columns, on_path = [], True
+  for i, step in enumerate(watched["steps"]):
+    shown = list(range(min(SHOWN, len(step["tokens"]))))
+    if step["chosen"] is not None and step["chosen"] not in shown:
+      shown.append(step["chosen"])
+    on_path &= (
+        step["chosen"] is not None and i < len(accepted)
+        and accepted[i] == step["tokens"][step["chosen"]]
+    )
+    cells = []
+    for c in shown:
+      kind = "candidate"
+      if c == step["chosen"]:
+        kind += " accepted" if on_path else " rejected"
+      added = "".join(f" {part[c]:+.1f}" for part in step["scorers"])
+      cells.append(
+          f"<div class='{kind}'>{piece(step['tokens'][c])}"
+          f"<small>{step['heads'][c]:.1f}{added}</small></div>"
+      )
+    columns.append(f"<div class='step'>{''.join(cells)}</div>")
+  emitted = "".join(f"<span class='ok'>{piece(token)}</span>" for token in accepted)
+  emitted += "".join(f"<span class='free'>{piece(token)}</span>" for token in free)
+  return (
+      f"<div class='call'><b>{number}</b> {emitted}"
+      f"<div class='lattice'><div class='step'><div class='candidate root'>"
+      f"{piece(watched['root'])}</div></div>{''.join(columns)}</div></div>"
+  )
+
+
+STYLE = """
+body { font: 14px/1.4 sans-serif; margin: 2em auto; max-width: 1180px; padding: 0 1em }
+table { border-collapse: collapse; margin: 1em 0; font-size: 12px }
+th, td { border-bottom: 1px solid #ddd; padding: 2px 8px; text-align: right }
+th { vertical-align: bottom } td:first-child, th:first-child { text-align: left }
+td { white-space: nowrap }
+figure { margin: 1em 0; overflow-x: auto } figure svg { max-width: 100%; height: auto }
+summary { cursor: pointer; margin: .5em 0 }
+.call { border-top: 1px solid #ddd; padding: .4em 0; overflow-x: auto; white-space: pre }
+.lattice { display: flex; gap: 4px; margin: .3em 0 }
+.candidate { border: 1px solid #eee; padding: 1px 4px; font-family: monospace; color: #777 }
+.candidate small { display: block; font-size: 9px }
+.accepted { border: 2px solid #2a2; color: #000 } .rejected { border: 2px solid #c33; color: #000 }
+.root { color: #000 } .ok { background: #cfc } .free { background: #cdf }
+.ok, .free { font-family: monospace; margin-right: 1px }
+"""
