@@ -1,12 +1,14 @@
 """Breaks the code in known ways, one at a time, and shows which test notices.
 
   make mutate
+  .venv/bin/python tests/mutate.py search replay    # only those
 
 Each mutation replaces one text that stands exactly once, in a copy of the
 package, and runs the tests that ought to fail. A mutation that survives, or no
 longer applies, ends the command with status 1.
 """
 
+from collections.abc import Sequence
 import dataclasses
 import os
 from pathlib import Path
@@ -48,7 +50,47 @@ SMOOTHING = ("tests/test_ngram_smoothing.py",)
 ARRAYS = ("tests/test_ngram_arrays.py", "-k", "dictionarys or another")
 ARPA = ("tests/test_ngram_arpa.py",)
 NGRAM = ("tests/test_ngram.py",)
+SEARCH = ("tests/test_search.py",)
+RESCORED = ("tests/test_rescored_model.py", "-k", "neural_scorer or perfectly or oracle")
+REPLAY = ("tests/test_replay.py",)
+TUNING = ("tests/test_tuning.py", "-k", "wins or chosen")
+ANALYSIS = ("tests/test_analysis.py",)
 MUTATIONS = (
+    Mutation("prefixes kept without their completions", "decoding/search.py",
+             "value = (total + completions[i][:, None])", "value = (total + 0)", SEARCH),
+    Mutation("a beam that proves everything", "decoding/search.py",
+             "dropped = jnp.maximum(dropped, left.max(-1))", "del left", SEARCH),
+    Mutation("one node too many", "decoding/search.py",
+             "is_new & (number < num_nodes), number, num_nodes)",
+             "is_new & (number < num_nodes - 1), number, num_nodes)", SEARCH),
+    Mutation("prefixes of equal tokens merged at different depths", "decoding/search.py",
+             "is_shared = jnp.cumprod(same, axis=-1).astype(bool)", "is_shared = same", SEARCH),
+    Mutation("weights of all steps are the first's", "decoding/rescoring.py",
+             "params.weights.by_step[:, None, :depth] * factor",
+             "params.weights.by_step[:, None, :1] * factor", SEARCH),
+    Mutation("a scorer's model sees all paths", "decoding/scorers/neural.py",
+             "np.kron(np.eye(num_paths, dtype=bool), np.tri(n, dtype=bool))",
+             "np.kron(np.ones((num_paths, num_paths), bool), np.tri(n, dtype=bool))", RESCORED),
+    Mutation("a scorer's model forgets the root", "decoding/scorers/neural.py",
+             "last = jnp.maximum(num_tokens - 1, 0)", "last = jnp.maximum(num_tokens - 2, 0)",
+             RESCORED),
+    Mutation("cache n-grams don't see the root", "decoding/scorers/cache_ngram.py",
+             "back = jnp.arange(-(self.context - n), 0)",
+             "back = jnp.arange(-(self.context - n), 0) - 1",
+             ("tests/test_rescoring.py", "-k", "cache_ngrams")),
+    Mutation("a recording says what follows any node", "evaluation/replay.py",
+             "is_on_path = ~off.any(-1)", "is_on_path = is_right", REPLAY),
+    Mutation("a recording answers a place late", "evaluation/replay.py",
+             "hidden=jnp.take_along_axis(hidden, here[..., None], axis=1)",
+             "hidden=jnp.take_along_axis(hidden, here[..., None] - 1, axis=1)", REPLAY),
+    Mutation("the weight with the most calls", "evaluation/tuning.py",
+             "scoring[number] = max(options", "scoring[number] = min(options", TUNING),
+    Mutation("heads judged a token early", "evaluation/analysis.py",
+             "at = jnp.arange(length)[:, None] + jnp.arange(heads)",
+             "at = jnp.arange(length)[:, None] + jnp.arange(heads) - 1", ANALYSIS),
+    Mutation("bounds without longer contexts' gains", "ngram_lm/bounds.py",
+             "values.append(model.log_probs[n - 1] + gains[n][before])",
+             "values.append(model.log_probs[n - 1])", ("tests/test_ngram_bounds.py",)),
     Mutation("depth bias off by one", "model/decoder.py",
              "position = lengths[:, None] + depth", "position = lengths[:, None] + depth + 1",
              MODEL),
@@ -285,8 +327,12 @@ def run_tests(copy: Path, tests: tuple[str, ...]) -> tuple[bool, str]:
   return done.returncode == 0, failed.group(1) if failed else ""
 
 
-def main() -> int:
-  """Runs all mutations; the exit status."""
+def main(words: Sequence[str]) -> int:
+  """Runs the mutations whose name or file has one of the words, or all; the exit status."""
+  mutations = [
+      mutation for mutation in MUTATIONS
+      if not words or any(word in f"{mutation.name} {mutation.file}" for word in words)
+  ]
   table = Table("mutation", "file", "noticed by", "seconds")
   survived = 0
   with tempfile.TemporaryDirectory() as folder:
@@ -294,12 +340,12 @@ def main() -> int:
     for name in ("bpd_jax", "tests", "gin"):
       shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pytest.ini", copy)
-    for tests in sorted({mutation.tests for mutation in MUTATIONS}):
+    for tests in sorted({mutation.tests for mutation in mutations}):
       passes, failed = run_tests(copy, tests)
       if not passes:
         print(f"error: {failed} fails without any mutation", file=sys.stderr)
         return 1
-    for mutation in track(MUTATIONS, description="mutate"):
+    for mutation in track(mutations, description="mutate"):
       path = copy / "bpd_jax" / mutation.file
       text = path.read_text()
       if text.count(mutation.old) != 1:
@@ -316,9 +362,9 @@ def main() -> int:
   console = Console()
   console.width = max(console.width, 130)
   console.print(table)
-  console.print(f"{len(MUTATIONS) - survived} of {len(MUTATIONS)} mutations noticed")
+  console.print(f"{len(mutations) - survived} of {len(mutations)} mutations noticed")
   return 1 if survived else 0
 
 
 if __name__ == "__main__":
-  sys.exit(main())
+  sys.exit(main(sys.argv[1:]))

@@ -37,8 +37,8 @@ from bpd_jax.partitioning import single_device
 from bpd_jax.vocabulary import SentencePieceVocabulary
 
 WEIGHT = 0.5
-# Calls that a timing makes together: one alone is shorter than the clock is fine.
-CALLS = 20
+# A timing goes on for so long, as one search alone is too short for it.
+SECONDS = 0.05
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,12 +170,13 @@ def find_paths(
 
 
 def _timed(function, *args) -> float:
-  """Seconds of a call, from `CALLS` of them."""
-  began = time.perf_counter()
-  for _ in range(CALLS):
-    out = function(*args)
-  jax.block_until_ready(out)
-  return (time.perf_counter() - began) / CALLS
+  """Seconds of a call, the mean of as many as fit `SECONDS`."""
+  began, calls = time.perf_counter(), 0
+  while time.perf_counter() - began < SECONDS:
+    # One at a time: calls that are under way together share the cores.
+    jax.block_until_ready(function(*args))
+    calls += 1
+  return (time.perf_counter() - began) / calls
 
 
 def measure_rescoring(

@@ -5,6 +5,9 @@ import jax.numpy as jnp
 
 from bpd_jax.decoding.types import Array, Lattice
 
+# Entries of which `top_k` takes one maximum.
+BLOCK = 64
+
 
 def first_argmax(logits: Array) -> Array:
   """Index of the largest entry along the last axis, the lowest among equals.
@@ -26,6 +29,37 @@ def first_argmax(logits: Array) -> Array:
   return jnp.where(first == vocab_size, 0, first)
 
 
+def top_k(values: Array, k: int) -> tuple[Array, Array]:
+  """The k largest along the last axis and their indices, the lowest first among equals.
+
+  Same answer as `jax.lax.top_k`, which in a large program for a CPU becomes a sort of
+  the whole axis: 45 ms for 8 heads of 32,128 tokens. The k largest lie in the k blocks
+  of largest maxima, so a maximum over each block, which vectorises, leaves
+  k × `BLOCK` entries to sort.
+
+  Args:
+    values: [..., n].
+    k: at most n (static).
+
+  Returns:
+    [..., k] values, falling, and [..., k] int32.
+  """
+  *rest, n = values.shape
+  num_blocks = -(-n // BLOCK)
+  if num_blocks <= 2 * k:
+    best, index = jax.lax.top_k(values, k)
+    return best, index.astype(jnp.int32)
+  pad = [(0, 0)] * len(rest) + [(0, num_blocks * BLOCK - n)]
+  blocks = jnp.pad(values, pad, constant_values=-jnp.inf).reshape(*rest, num_blocks, BLOCK)
+  _, chosen = jax.lax.top_k(blocks.max(-1), k)
+  # In their own order, so that equal entries stay in order of index.
+  chosen = jnp.sort(chosen, axis=-1)
+  kept = jnp.take_along_axis(blocks, chosen[..., None], axis=-2).reshape(*rest, k * BLOCK)
+  best, place = jax.lax.top_k(kept, k)
+  block = jnp.take_along_axis(chosen, place // BLOCK, axis=-1)
+  return best, (block * BLOCK + place % BLOCK).astype(jnp.int32)
+
+
 def top_k_lattice(logits: Array, k: int, num_steps: Array) -> Lattice:
   """The k best tokens of every step.
 
@@ -41,7 +75,7 @@ def top_k_lattice(logits: Array, k: int, num_steps: Array) -> Lattice:
     tokens = first_argmax(logits)[..., None]
     best = jnp.take_along_axis(logits, tokens, axis=-1)
   else:
-    best, tokens = jax.lax.top_k(logits, k)
+    best, tokens = top_k(logits, k)
   log_norm = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
   return Lattice(
       tokens=tokens.astype(jnp.int32), scores=best - log_norm, num_steps=num_steps
