@@ -33,6 +33,7 @@ mutate: install
 # Beside transformers and CTranslate2; see docs/benchmark.md. Wants an idle machine.
 benchmark: install
 	$(BIN)/python -m bpd_jax.benchmark decode
+	$(BIN)/python -m bpd_jax.benchmark rescoring
 	$(BIN)/python -m bpd_jax.benchmark train
 
 lint: install
