@@ -611,11 +611,13 @@ class Generator:
         reference = list(references[i])[: settings.max_length]
         known[slot, : len(reference)] = reference
     place = lambda x, *names: jax.device_put(x, self.partitioning.sharding(names))
-    prompt = Prompt(
-        place(tokens, "batch", "length"), place(lengths, "batch"),
-        None if known is None else place(known, "batch", "length"),
-    )
-    context = _PREFILL(self.model, self.view, prompt.tokens, prompt.lengths)
+    tokens, lengths = place(tokens, "batch", "length"), place(lengths, "batch")
+    context = _PREFILL(self.model, self.view, tokens, lengths)
+    prompt = None
+    # Where nothing reads it, a start doesn't depend on the inputs' length.
+    if known is not None or settings.rescorer.scorers:
+      known = None if known is None else place(known, "batch", "length")
+      prompt = Prompt(tokens, lengths, known)
     state = _START(self.model, settings, place(row_limits, "batch"), prompt, key, params)
     state = _DECODE(self.model, settings, self.view, context, state, params)
     return jax.device_get(

@@ -26,11 +26,11 @@ from bpd_jax.ngram_lm.counts import count_grams
 from bpd_jax.ngram_lm.smoothing import kneser_ney
 
 OPTIONS = RescoringOptions(
-    batch_sizes=(1, 3), depth=4, top_k=5, num_paths=6, nodes=9, input_length=7, repeats=2
+    batch_sizes=(3,), depth=3, top_k=5, num_paths=6, nodes=9, input_length=7, repeats=2
 )
 CONFIG = ModelConfig(
     vocab_size=160, d_model=16, d_ff=24, d_kv=8, num_heads=2, num_encoder_layers=1,
-    num_decoder_layers=1, block_size=5, head_d_ff=8,
+    num_decoder_layers=1, block_size=4, head_d_ff=8,
 )
 
 
@@ -42,7 +42,7 @@ def record():
 
 def test_all_engines_are_timed(record):
   pytest.importorskip("pynini")
-  assert [batch["batch_size"] for batch in record["batches"]] == [1, 3]
+  assert [batch["batch_size"] for batch in record["batches"]] == [3]
   for batch in record["batches"]:
     assert set(batch["seconds"]) == {
         "openfst", "2-gram", "4-gram", "2-gram, tree", "4-gram, tree", "call"

@@ -123,9 +123,9 @@ def folders(tmp_path_factory):
   return root
 
 
-FEW = ("blockwise", "ngram4", "best16_4gram", "neural_ngram", "oracle_k4")
+FEW = ("blockwise", "best16_4gram", "neural_ngram", "oracle_k4")
 ALL = (
-    *FEW, "local_neural", "ngram2", "best16_0gram", "first_0gram", "first_4gram", "cache",
+    *FEW, "local_neural", "ngram2", "ngram4", "best16_0gram", "first_0gram", "first_4gram", "cache",
     "first_cache", "no_repeat", "oracle_k2", "oracle_k8", "oracle_k16",
 )
 
@@ -156,7 +156,7 @@ def test_run_file_refines_drafts_and_reports_rows_that_it_did_not_tune_on(
   assert set(methods) == {"greedy", *names}
   texts = [json.loads(line)["inputs"] for line in open(folders / "rows.jsonl")]
   tuning, reported = split_rows(texts, 6)
-  lines = (tmp_path / "out/rows.ngram4.jsonl").read_text().splitlines()
+  lines = (tmp_path / "out/rows.best16_4gram.jsonl").read_text().splitlines()
   assert [json.loads(line)["inputs"] for line in lines] == [texts[i] for i in reported]
   for name, entry in methods.items():
     assert entry["tokens"] == methods["greedy"]["tokens"], name
@@ -165,9 +165,9 @@ def test_run_file_refines_drafts_and_reports_rows_that_it_did_not_tune_on(
       if scorer["scorer"] in ("Ngram", "Neural", "Cache"):
         assert scorer["weight"] in (0.5, 2.0)
   assert methods["best16_4gram"]["nodes"] == 1 + 5 * 4
-  assert methods["ngram4"]["scorers"][0]["scorer"] == "Ngram"
+  assert methods["best16_4gram"]["scorers"][0]["scorer"] == "Ngram"
   explained = Path("docs/reading_results.md").read_text()
-  assert not [key for key in methods["ngram4"] if f"`{key}`" not in explained]
+  assert not [key for key in methods["best16_4gram"] if f"`{key}`" not in explained]
   assert 0 < methods["best16_4gram"]["proved_searches"] <= 1
   calls = {name: entry["decoder_calls"] for name, entry in methods.items()}
   if names == FEW:

@@ -22,7 +22,7 @@ from bpd_jax.evaluation.watch import watch
     "name,search",
     [
         ("none", SearchSettings()),
-        ("neural and n-gram", SearchSettings()),
+        ("4-gram", SearchSettings()),
         ("2-gram", SearchSettings("p_best", num_paths=5)),
     ],
 )
