@@ -620,12 +620,7 @@ class Generator:
       prompt = Prompt(tokens, lengths, known)
     state = _START(self.model, settings, place(row_limits, "batch"), prompt, key, params)
     state = _DECODE(self.model, settings, self.view, context, state, params)
-    return jax.device_get(
-        {
-            "tokens": state.tokens, "num_tokens": state.num_tokens,
-            "num_calls": state.num_calls, "trace": state.trace,
-        }
-    )
+    return fetch_state(state)
 
 
 def load(
@@ -645,6 +640,12 @@ def load(
   config, params = load_model(folder, partitioning, dtype)
   vocabulary = load_vocabulary(folder, config.vocab_size)
   return Generator(config, params, partitioning, vocabulary)
+
+
+def fetch_state(state: loop.DecodeState) -> dict[str, Any]:
+  """What `read_row` reads of a decoded batch, on the host."""
+  names = ("tokens", "num_tokens", "num_calls", "trace")
+  return jax.device_get({name: getattr(state, name) for name in names})
 
 
 def read_row(state: dict[str, Any], slot: int) -> tuple[np.ndarray, int, list[Call]]:

@@ -6,7 +6,6 @@ import itertools
 import jax.numpy as jnp
 import numpy as np
 
-from bpd_jax.decoding.scorers.no_repeat import newest_token
 from bpd_jax.decoding.types import Lattice
 
 
@@ -21,7 +20,7 @@ class HashScorer:
     return jnp.full([prompt.tokens.shape[0]], -1, jnp.int32)
 
   def start(self, params, state, step):
-    return newest_token(state, step)
+    return step.newest(state)
 
   def value(self, root, history, token):
     """The same of plain integers; arrays broadcast."""

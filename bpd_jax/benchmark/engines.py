@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from bpd_jax.errors import InputError
+from bpd_jax.errors import check_count, InputError
 
 # The OpenMP threads of the other engines spin for up to 0.2 s after their last
 # task; whoever runs next would share the cores with them.
@@ -90,6 +90,14 @@ class Spread:
     """As in a table: median (least–largest)."""
     median, low, high = (f"{x:,.{digits}f}" for x in (self.median, self.low, self.high))
     return f"{median} ({low}–{high})"
+
+
+def check_counts(options: Any) -> None:
+  """Raises InputError where a field of a dataclass isn't a positive integer, or a tuple of them."""
+  for field in dataclasses.fields(options):
+    value = getattr(options, field.name)
+    for each in value if isinstance(value, tuple) else (value,):
+      check_count(field.name, each)
 
 
 def missing_packages(engine: str) -> list[str]:

@@ -19,14 +19,14 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from bpd_jax.benchmark.engines import PAUSE_SECONDS, Spread, Worker
+from bpd_jax.benchmark.engines import check_counts, PAUSE_SECONDS, Spread, Worker
 from bpd_jax.data.rows import load_rows, TASKS, VOCABULARY_FILE
 from bpd_jax.decoding.lattice import top_k_lattice
 from bpd_jax.decoding.rescoring import constant_weights, Rescorer, RescorerParams
 from bpd_jax.decoding.scorers.ngram import ngram_params, NgramParams, NgramScorer
 from bpd_jax.decoding.search import best_paths, merge_paths
 from bpd_jax.decoding.types import Lattice
-from bpd_jax.errors import check_count, InputError
+from bpd_jax.errors import InputError
 from bpd_jax.generation import make_cache, prefill
 from bpd_jax.model.config import ModelConfig
 from bpd_jax.model.model import decode_view, EncoderDecoder, init_params
@@ -68,10 +68,7 @@ class RescoringOptions:
   threads: int = 2
 
   def __post_init__(self):
-    for field in dataclasses.fields(self):
-      value = getattr(self, field.name)
-      for each in value if isinstance(value, tuple) else (value,):
-        check_count(field.name, each)
+    check_counts(self)
     if self.num_paths > self.top_k**self.depth:
       raise InputError("num_paths", self.num_paths, f"at most {self.top_k}^{self.depth}")
 
@@ -145,7 +142,6 @@ def load_openfst(model: BackOff, lattice: Lattice, roots: np.ndarray, num_paths:
     lattices.append(fst.arcsort("olabel"))
 
   def run(inputs: Any = None) -> tuple[list[float], float]:
-    best = []
     began = time.perf_counter()
     found = [
         pynini.shortestpath(pynini.compose(fst, own), nshortest=num_paths)

@@ -21,6 +21,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from bpd_jax.benchmark.engines import (
+    check_counts,
     missing_packages,
     PAUSE_SECONDS,
     quiet_transformers,
@@ -62,9 +63,7 @@ class TrainOptions:
   threads: int = 2
 
   def __post_init__(self):
-    for field in dataclasses.fields(self):
-      if getattr(self, field.name) < 1:
-        raise InputError(field.name, getattr(self, field.name), "a positive integer")
+    check_counts(self)
     if self.block_size < 2:
       raise InputError("block_size", self.block_size, "2 or more")
 

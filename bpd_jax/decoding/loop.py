@@ -196,9 +196,6 @@ def decode(
     slot = jnp.arange(step.tokens.shape[1])
     ends = ((step.tokens == eos_id) & (slot < step.num_tokens[:, None])).any(-1)
     num_tokens = state.num_tokens + step.num_tokens
-    newest = jnp.take_along_axis(
-        step.tokens, jnp.maximum(step.num_tokens - 1, 0)[:, None], axis=1
-    )[:, 0]
     drafts = jnp.where(tree.is_valid & ~state.is_done[:, None], tree.tokens, -1)
     parents = jnp.broadcast_to(tree.parents, drafts.shape)
     is_exact = jnp.ones_like(state.is_done) if tree.is_exact is None else tree.is_exact
@@ -212,7 +209,7 @@ def decode(
         num_tokens=num_tokens,
         num_calls=state.num_calls + ~state.is_done,
         is_done=state.is_done | ends | (num_tokens >= state.limits),
-        root=jnp.where(state.is_done, state.root, newest),
+        root=step.newest(state.root),
         cache=commit(state.cache, verified, step),
         step=step,
         drafter=drafter_state,

@@ -117,7 +117,10 @@ class Rescorer:
       sums = jnp.broadcast_to(scores[:, None, i], history.shape[:2] + (k,))
       each = zip(self.scorers, params.scorers, state)
       for number, (scorer, own, before) in enumerate(each):
-        more = judge(scorer)(own, before, _cut(history, scorer.context), lattice.tokens[:, i], i)
+        read = newest(history, scorer.context)
+        # What reads nothing says the same of every path.
+        read = read[:, :1] if scorer.context == 0 else read
+        more = judge(scorer)(own, before, read, lattice.tokens[:, i], i)
         sums = sums + by_row[number, :, i][:, None, None] * more.astype(sums.dtype)
       return sums
 
@@ -130,8 +133,7 @@ class Rescorer:
     return PathScore(self.context, addends, bounds)
 
 
-def _cut(history: Array, context: int) -> Array:
-  """The newest tokens that a scorer reads; one path where it reads none."""
+def newest(history: Array, context: int) -> Array:
+  """The newest `context` tokens along the last axis; all for -1."""
   length = history.shape[-1]
-  history = history if context < 0 else history[..., length - min(context, length) :]
-  return history[:, :1] if context == 0 else history
+  return history if context < 0 else history[..., length - min(context, length) :]

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bpd_jax.decoding.rescoring import NEVER
+from bpd_jax.decoding.rescoring import NEVER, newest
 from bpd_jax.decoding.types import Array, Lattice, PathScore, Search, Tree
 from bpd_jax.errors import InputError
 
@@ -117,7 +117,7 @@ def chain(lattice: Lattice, root: Array, score: PathScore, *, num_nodes: int) ->
   num_drafted = num_nodes - 1
   drafted = lattice.tokens[:, :0, 0]
   for i in range(num_drafted):
-    best = jnp.argmax(score.addends(_newest(drafted, score.context)[:, None], i)[:, 0], axis=-1)
+    best = jnp.argmax(score.addends(newest(drafted, score.context)[:, None], i)[:, 0], axis=-1)
     token = jnp.take_along_axis(lattice.tokens[:, i], best[:, None], axis=1)
     drafted = jnp.concatenate([drafted, token], axis=1)
   step = np.arange(num_nodes, dtype=np.int32)
@@ -194,7 +194,7 @@ def best_paths(
       if i and score.context:
         addends = jnp.take_along_axis(addends, choices[..., -1:], axis=1)
     else:
-      addends = score.addends(_newest(tokens, score.context), i)
+      addends = score.addends(newest(tokens, score.context), i)
     total = sums[..., None] + addends  # [batch, prefixes, k]
     keep = min(width, total.shape[1] * k)
     value = (total + completions[i][:, None]).reshape(batch, -1)
@@ -320,7 +320,7 @@ def best_first(lattice: Lattice, root: Array, score: PathScore, *, num_nodes: in
   tokens = jnp.zeros([batch, 1, 0], jnp.int32)
   levels = []
   for i in range(depth):
-    addends = jax.nn.log_softmax(score.addends(_newest(tokens, score.context), i), axis=-1)
+    addends = jax.nn.log_softmax(score.addends(newest(tokens, score.context), i), axis=-1)
     is_drafted = (i < lattice.num_steps)[:, None, None]
     addends = jnp.where(is_drafted, addends + mass[:, i, None, None], NEVER)
     total = (sums[..., None] + addends).reshape(batch, -1)
@@ -341,8 +341,8 @@ def best_first(lattice: Lattice, root: Array, score: PathScore, *, num_nodes: in
   tokens = jnp.concatenate([level[2] for level in levels], axis=1)
   level_of = np.repeat(np.arange(1, depth + 1), np.diff(starts))
   _, chosen = jax.lax.top_k(scores, min(width, scores.shape[1]))
-  is_chosen = _scatter(scores[:, 0] < 0, chosen + 1, chosen == chosen, scores.shape[1] + 1)
-  is_chosen = is_chosen[:, 1:] & (scores > NEVER / 2)
+  is_chosen = jnp.zeros(scores.shape, bool).at[jnp.arange(batch)[:, None], chosen].set(True)
+  is_chosen &= scores > NEVER / 2
   number = jnp.cumsum(is_chosen, axis=1)
   at = jnp.where(is_chosen, number, num_nodes)
   parent = jnp.take_along_axis(number, jnp.maximum(parents, 0), axis=1)
@@ -356,12 +356,6 @@ def best_first(lattice: Lattice, root: Array, score: PathScore, *, num_nodes: in
       is_valid=place(is_chosen, True),
       max_depth=depth,
   )
-
-
-def _newest(tokens: Array, context: int) -> Array:
-  """The newest `context` along the last axis; all for -1."""
-  length = tokens.shape[-1]
-  return tokens if context < 0 else tokens[..., length - min(context, length) :]
 
 
 def _scatter(first: Array, at: Array, values: Array, length: int) -> Array:

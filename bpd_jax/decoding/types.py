@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from flax import struct
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 Array = jax.Array
@@ -120,6 +121,12 @@ class Step:
   path: Array
   hidden: Array
   probes: Array | None = None
+
+  def newest(self, old: Array) -> Array:
+    """The last token that is certain, [batch]; `old` where this made none certain."""
+    last = jnp.maximum(self.num_tokens - 1, 0)[:, None]
+    token = jnp.take_along_axis(self.tokens, last, axis=1)[:, 0]
+    return jnp.where(self.num_tokens > 0, token, old)
 
 
 @struct.dataclass

@@ -25,6 +25,7 @@ from bpd_jax.decoding.types import Cache, Prompt, Tree, Verified
 from bpd_jax.errors import InputError
 from bpd_jax.generation import (
     DecodeSettings,
+    fetch_state,
     Generation,
     Generator,
     make_drafter,
@@ -247,20 +248,13 @@ def replay(
     prompt = Prompt(
         recording.prompts[part], recording.prompt_lengths[part], recording.tokens[part]
     )
-    state = jax.device_get(_state_arrays(_replay(
+    state = fetch_state(_replay(
         generator.model, settings, generator.view, recording.tokens[part],
         recording.hidden[part], np.where(is_row, recording.lengths[part], 0), prompt, params,
-    )))
+    ))
     done += [read_row(state, slot) for slot in range(int(is_row.sum()))]
   tokens, calls, traces = (list(column) for column in zip(*done))
   return Generation(tokens, calls, traces, None, [], [])
-
-
-def _state_arrays(state: loop.DecodeState) -> dict[str, Any]:
-  return {
-      "tokens": state.tokens, "num_tokens": state.num_tokens, "num_calls": state.num_calls,
-      "trace": state.trace,
-  }
 
 
 def count_calls(

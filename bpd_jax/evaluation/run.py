@@ -130,10 +130,12 @@ def measure_methods(
       raise InputError("methods", names, "names that differ")
   if repeats < 1:
     raise InputError("repeats", repeats, "a positive integer")
+  given = scoring or {}
   scoring = {
-      method.name: load_scoring(method.scorers, generator, max_decode_length)
+      method.name: given[method.name] if method.name in given
+      else load_scoring(method.scorers, generator, max_decode_length)
       for method in methods
-  } | dict(scoring or {})
+  }
   settings = {
       method.name: generator.settings(
           max_length=max_decode_length, scoring=scoring[method.name], **method.options

@@ -11,7 +11,6 @@ import contextlib
 import gzip
 import itertools
 import math
-import os
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 import zlib
@@ -19,7 +18,7 @@ import zlib
 import numpy as np
 
 from bpd_jax.errors import InputError
-from bpd_jax.folders import read_object, write_object
+from bpd_jax.folders import PathLike, read_object, write_object
 from bpd_jax.ngram_lm.backoff import BackOff, gram_tokens, LOG_ZERO, sorted_grams, unigrams
 from bpd_jax.ngram_lm.counts import MAX_ORDER
 
@@ -29,7 +28,6 @@ START, EOS, UNKNOWN = "<s>", "</s>", "<unk>"
 CHUNK = 1 << 16
 READ_CHUNK = 256
 
-PathLike = str | os.PathLike
 Say = Callable[[str], None]
 
 

@@ -22,16 +22,8 @@ class NoRepeatScorer:
     return jnp.full([prompt.tokens.shape[0]], -1, jnp.int32)
 
   def start(self, params, state: Array, step: Step) -> Array:
-    return newest_token(state, step)
+    return step.newest(state)
 
   def score(self, params, state: Array, history: Array, candidates: Array, i: int) -> Array:
     before = history[..., -1] if history.shape[-1] else state[:, None]
     return -(candidates[:, None] == before[..., None]).astype(jnp.float32)
-
-
-def newest_token(old: Array, step: Step) -> Array:
-  """The last token that is certain, [batch]; `old` where a step made none certain."""
-  last = jnp.maximum(step.num_tokens - 1, 0)[:, None]
-  return jnp.where(
-      step.num_tokens > 0, jnp.take_along_axis(step.tokens, last, axis=1)[:, 0], old
-  )
