@@ -93,7 +93,7 @@ def train(
       the checkpoint by default.
     mode: "joint" trains everything; "heads_only" the parallel heads behind the
       frozen base model; "distill" likewise, on the base's own greedy outputs.
-    rates: relative share of each task; by default their numbers of rows.
+    rates: relative share of each task; by default their numbers of examples.
     batch_size: rows of a step, over all devices and microbatches.
     input_length: tokens of a row's inputs; longer ones are cut.
     target_length: tokens of a row's targets; longer ones are cut.

@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from bpd_jax.data.batches import assemble, Batches, CYCLE, in_order, pack, shares
+from bpd_jax.data.batches import assemble, Batches, CYCLE, in_order, pack, shares, WINDOW
 from bpd_jax.data.token_cache import TokenCache, write_cache
 from bpd_jax.errors import InputError
 from bpd_jax.vocabulary import ByteVocabulary
@@ -97,7 +97,7 @@ def test_a_mixture_keeps_its_rates_and_goes_through_each_dataset():
   assert all({row // 1000 for row in rows[i : i + 40]} == {0, 1, 2} for i in range(0, 900, 40))
 
 
-def test_default_rates_follow_the_numbers_of_rows():
+def test_default_rates_follow_the_numbers_of_examples():
   assert shares([30, 10], [None, None]) == [750, 250]
   assert shares([1, 1, 1], [None] * 3) == [334, 333, 333]
   batches = make([Numbers("a", 30), Numbers("b", 10, start=1000)])
@@ -107,12 +107,44 @@ def test_default_rates_follow_the_numbers_of_rows():
 def test_packing_places_every_example_once_where_it_fits():
   dataset = Ragged(500, most=20)
   room = (30, 24)
-  rows = pack(dataset.lengths, room, np.random.default_rng(0))
+  rows = pack(dataset.lengths, room, 260)
+  assert len(rows) == 260
   assert sorted(i for row in rows for i in row) == list(range(500))
   totals = np.array([dataset.lengths[row].sum(axis=0) for row in rows])
   assert (totals <= room).all()
+  few = pack(dataset.lengths, room, 200)
+  placed = [i for row in few for i in row]
+  assert len(placed) == len(set(placed)) < 500
   # Well filled on the tighter side.
-  assert (totals / room).max(axis=1).mean() > 0.9
+  totals = np.array([dataset.lengths[row].sum(axis=0) for row in few])
+  assert (totals <= room).all()
+  assert (totals / room).max(axis=1).mean() > 0.95
+
+
+def test_packed_epochs_show_nearly_every_example_once_at_the_given_rates():
+  datasets = [Ragged(4000, most=20), Ragged(1000, most=10, seed=1), Numbers("c", 2000, length=3)]
+  batches = Batches(
+      datasets, rates=[4, 1, 5], batch_size=8, input_length=30, target_length=30, is_packed=True
+  )
+  num_steps = int(batches.steps_per_epoch())
+  seen = Counter(example for step in range(num_steps) for row in batches.rows(step)
+                 for example in row)
+  shown = Counter()
+  for (which, _), count in seen.items():
+    shown[which] += count
+  assert shown[0] > 0.98 * 4000 and shown[1] > 0.98 * 1000 and shown[2] > 0.98 * 5000
+  # The last window reaches into the next epoch.
+  again = [count for (which, _), count in seen.items() if which < 2 and count > 1]
+  assert len(again) < 0.05 * 5000 and set(again) <= {2}
+  filled = np.mean([
+      (batches.batch(step)["encoder_segment_ids"] > 0).mean() for step in range(num_steps)
+  ])
+  assert filled > 0.9
+  # Rows of a window come in random order, not the fullest first.
+  sizes = [len(row) for step in range(WINDOW // 8) for row in batches.rows(step)]
+  halves = np.mean(sizes[: WINDOW // 2]), np.mean(sizes[WINDOW // 2 :])
+  assert 0.8 < halves[0] / halves[1] < 1.25
+  assert any(len({which for which, _ in row}) > 1 for row in batches.rows(0))
 
 
 def test_packed_rows_hold_segments_with_their_own_starts():

@@ -272,6 +272,7 @@ def test_the_average_follows_the_parameters():
 
 @pytest.mark.parametrize("optimizer", [
     Optimizer(warmup_steps=5, weight_decay=0.1), Optimizer("adamw", 1e-2, "constant", 0),
+    Optimizer("muon", 0.02, "constant", 5),
 ])
 def test_a_batch_is_learned_by_heart(optimizer):
   with jax.enable_x64(False):
@@ -296,6 +297,25 @@ def test_adafactor_decays_by_the_learning_rate():
   updates, _ = optimizer.update({"w": jnp.zeros(1)}, optimizer.init(params), params)
   np.testing.assert_allclose(updates["w"], [-0.5 * 0.1 * 2.0])
   assert isinstance(optax.apply_updates(params, updates), dict)
+
+
+def test_muon_moves_everything_by_its_share_and_kernels_in_all_directions():
+  rng = np.random.default_rng(0)
+  draw = lambda *shape: jnp.asarray(rng.normal(size=shape))
+  params = {"kernel": 3 * draw(2, 16, 24), "embedding": 0.2 * draw(40, 16)}
+  # Gradients that point into few directions.
+  grads = {
+      "kernel": draw(2, 16, 1) @ draw(2, 1, 24) + 0.05 * draw(2, 16, 24),
+      "embedding": draw(40, 1) @ draw(1, 16),
+  }
+  optimizer = Optimizer("muon", 0.01, "constant", 0, b1=0.95).make()
+  updates, _ = optimizer.update(grads, optimizer.init(params), params)
+  rms = lambda x: float(np.sqrt(np.mean(np.square(x))))
+  # Adam's first step, with Nesterov momentum, is 1.5 everywhere.
+  for name, share in (("kernel", 1.0), ("embedding", 1.5)):
+    assert abs(rms(updates[name]) / rms(params[name]) / 0.01 / share - 1) < 0.3, name
+  given, taken = (np.linalg.svd(x["kernel"][1], compute_uv=False) for x in (grads, updates))
+  assert given[0] / given[-1] > 30 and taken[0] / taken[-1] < 3
 
 
 @pytest.mark.parametrize("make, message", [

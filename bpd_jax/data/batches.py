@@ -2,9 +2,9 @@
 
 `Batches.batch(step)` is arithmetic on a seed, so a resumed run sees what an
 undisturbed one would have seen, and so does another number of processes. A
-mixture gives each dataset its share of the rows of every `CYCLE`; within a
-dataset an epoch is a permutation. Packed rows hold several examples, told apart
-by segment numbers.
+mixture gives each dataset its share of the examples of every `CYCLE`; within a
+dataset an epoch is a permutation. Packed rows hold several examples, of any of
+the datasets, told apart by segment numbers.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,10 +15,12 @@ import numpy as np
 
 from bpd_jax.errors import check_count, InputError
 
-# Rows over which the shares of a mixture are met exactly.
+# Examples over which the shares of a mixture are met exactly.
 CYCLE = 1000
-# Rows that packing holds open at a time.
-OPEN_ROWS = 64
+# Rows that are packed together, from the same number of examples each time.
+WINDOW = 256
+# Most examples, as a share, that may find no room in their window.
+MOST_SKIPPED = 0.01
 
 # encoder_input_tokens [batch, input length] int32, 0 where nothing is
 # encoder_segment_ids [batch, input length] int32, 1, 2, … and 0 where nothing is
@@ -49,7 +51,7 @@ class Batches:
   Attributes:
     datasets: as given.
     batch_size: rows of all processes together.
-    num_rows: of each dataset; fewer than examples where rows are packed.
+    examples_per_row: 1, or what packing makes of it.
   """
 
   def __init__(
@@ -70,13 +72,14 @@ class Batches:
 
     Args:
       datasets: at least one.
-      rates: relative share of the rows for each; by default their numbers of
-        rows, so that all are gone through at the same pace.
+      rates: relative share of the examples for each; by default their numbers of
+        examples, so that all are gone through at the same pace.
       batch_size: rows of all processes together.
       input_length: tokens of a row's inputs; longer inputs are cut before an EOS.
       target_length: tokens of a row's targets; longer targets are cut without
         an EOS, as a model shouldn't learn to stop there.
-      is_packed: whether rows hold as many examples as fit.
+      is_packed: whether rows hold as many examples as fit. At most 1 % then find
+        no room when their turn comes, and wait for the next epoch.
       eos_id: closes cut inputs.
       seed: of all orders.
       process_index: which of the processes this is; it gets its rows only.
@@ -99,17 +102,12 @@ class Batches:
     self._seed = seed
     local = batch_size // process_count
     self._places = range(process_index * local, (process_index + 1) * local)
-    self._plans = [
-        pack(self._cut_lengths(dataset), self._shape, np.random.default_rng([seed, i]))
-        if is_packed
-        else None
-        for i, dataset in enumerate(datasets)
-    ]
-    self.num_rows = [
-        len(dataset.lengths) if plan is None else len(plan)
-        for dataset, plan in zip(datasets, self._plans)
-    ]
-    self._shares = shares(self.num_rows if rates is None else rates, datasets)
+    self._num_examples = [len(dataset.lengths) for dataset in datasets]
+    self._lengths = [np.minimum(dataset.lengths, self._shape) for dataset in datasets]
+    self._shares = shares(self._num_examples if rates is None else rates, datasets)
+    self._pack_window = functools.lru_cache(maxsize=4)(self._pack_window)
+    self._per_window = self._fill_window() if is_packed else None
+    self.examples_per_row = self._per_window / WINDOW if is_packed else 1.0
 
   def batch(self, step: int) -> Batch:
     """This process's rows of a step, from 0 on."""
@@ -123,22 +121,45 @@ class Batches:
 
   def steps_per_epoch(self) -> float:
     """Batches until the dataset that takes longest has been gone through once."""
-    slowest = max(n * CYCLE / share for n, share in zip(self.num_rows, self._shares))
-    return slowest / self.batch_size
+    slowest = max(n * CYCLE / share for n, share in zip(self._num_examples, self._shares))
+    return slowest / self.batch_size / self.examples_per_row
 
   def _row(self, position: int) -> list[tuple[int, int]]:
     """A row by its place in the endless order."""
+    if self._per_window is None:
+      return [self._example(position)]
+    window, place = divmod(position, WINDOW)
+    return self._pack_window(window, self._per_window)[place]
+
+  def _example(self, position: int) -> tuple[int, int]:
+    """(dataset, example) by its place in the endless order."""
     cycle, place = divmod(position, CYCLE)
     order, ranks = cycle_order(tuple(self._shares), self._seed, cycle)
-    which = order[place]
-    use = cycle * self._shares[which] + ranks[place]
-    epoch, place = divmod(int(use), self.num_rows[which])
-    row = epoch_order(self.num_rows[which], self._seed, which, epoch)[place]
-    plan = self._plans[which]
-    return [(int(which), i) for i in ([int(row)] if plan is None else plan[row])]
+    which = int(order[place])
+    use = cycle * self._shares[which] + int(ranks[place])
+    count = self._num_examples[which]
+    epoch, place = divmod(use, count)
+    return which, int(epoch_order(count, self._seed, which, epoch)[place])
 
-  def _cut_lengths(self, dataset: Dataset) -> np.ndarray:
-    return np.minimum(dataset.lengths, self._shape)
+  def _pack_window(self, window: int, count: int) -> list[list[tuple[int, int]]]:
+    """The rows of a window, in random order, from as many examples."""
+    examples = [self._example(i) for i in range(window * count, (window + 1) * count)]
+    lengths = np.array([self._lengths[which][i] for which, i in examples])
+    rows = pack(lengths, self._shape, WINDOW)
+    order = np.random.default_rng([self._seed, 1 << 21, window]).permutation(WINDOW)
+    return [[examples[i] for i in rows[place]] for place in order]
+
+  def _fill_window(self) -> int:
+    """The number of examples that a window can be asked to hold."""
+    means = np.array([lengths.mean(axis=0) for lengths in self._lengths])
+    mean = np.asarray(self._shares) @ means / CYCLE
+    most = WINDOW / (mean / self._shape).max()
+    for fill in np.arange(1.0, 0.4, -0.02):
+      count = int(most * fill)
+      packed = sum(len(row) for w in range(3) for row in self._pack_window(w, count))
+      if packed >= (1 - MOST_SKIPPED) * 3 * count:
+        break
+    return count
 
 
 def shares(rates: Sequence[float], datasets: Sequence[Dataset]) -> list[int]:
@@ -179,35 +200,30 @@ def epoch_order(num_rows: int, seed: int, which: int, epoch: int) -> np.ndarray:
   return np.random.default_rng([seed, which, epoch]).permutation(num_rows)
 
 
-def pack(
-    lengths: np.ndarray, room: tuple[int, int], rng: np.random.Generator
-) -> list[list[int]]:
-  """Puts examples into rows, first fit over a random order.
+def pack(lengths: np.ndarray, room: tuple[int, int], num_rows: int) -> list[list[int]]:
+  """Puts examples into rows, the largest first, each where it fits best.
 
   Args:
     lengths: [examples, 2], each at most `room`.
     room: input and target tokens of a row.
-    rng: of the order.
+    num_rows: how many rows there are.
 
   Returns:
-    Numbers of the examples in each row.
+    Numbers of the examples in each row, in order; those that find no room are in
+    none.
   """
-  free = np.zeros([OPEN_ROWS, 2], np.int64)
-  opened: list[list[int]] = [[] for _ in range(OPEN_ROWS)]
-  rows = []
-  for i in rng.permutation(len(lengths)):
+  free = np.tile(np.asarray(room), [num_rows, 1])
+  rows: list[list[int]] = [[] for _ in range(num_rows)]
+  largest = (lengths / np.asarray(room)).max(axis=1)
+  for i in np.argsort(-largest, kind="stable"):
     fits = np.flatnonzero((free >= lengths[i]).all(axis=1))
     if len(fits):
-      slot = fits[0]
-    else:
-      # The fullest row makes place for a new one.
-      slot = int(np.argmin(free.sum(axis=1)))
-      if opened[slot]:
-        rows.append(opened[slot])
-      opened[slot], free[slot] = [], room
-    opened[slot].append(int(i))
-    free[slot] -= lengths[i]
-  return rows + [row for row in opened if row]
+      left = (free[fits] - lengths[i]) / room
+      # Where least is left, and of both sides alike.
+      row = fits[np.argmin(left.sum(axis=1) + np.abs(left[:, 0] - left[:, 1]))]
+      rows[row].append(int(i))
+      free[row] -= lengths[i]
+  return [sorted(row) for row in rows]
 
 
 def assemble(

@@ -3,12 +3,13 @@
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 
 from bpd_jax.errors import check_count, check_number, InputError
 
-NAMES = ("adafactor", "adamw")
+NAMES = ("adafactor", "adamw", "muon")
 SCHEDULES = ("rsqrt", "cosine", "linear", "constant")
 # Those whose end has to be known from the beginning.
 DECAYING = ("cosine", "linear")
@@ -20,7 +21,9 @@ class Optimizer:
 
   Attributes:
     name: "adafactor", as T5 was trained: factored second moments, updates
-      relative to the size of a parameter, no momentum; or "adamw".
+      relative to the size of a parameter, no momentum; "adamw"; or "muon",
+      orthogonalised momentum for kernels and Adam's for the rest, updates
+      relative to the size of a parameter as adafactor's.
     learning_rate: the highest of the schedule.
     schedule: "rsqrt", learning_rate · sqrt(warmup_steps / step) after the
       warm-up, T5's; "cosine" or "linear", down to `final_fraction` at
@@ -30,8 +33,8 @@ class Optimizer:
     final_fraction: of `learning_rate`, what cosine and linear end with.
     weight_decay: a step takes this times the learning rate off each parameter.
     max_gradient_norm: gradients are scaled down to it; None for never.
-    b1: adamw's decay of the first moment.
-    b2: adamw's decay of the second moment.
+    b1: decay of adamw's first moment, and of both of muon's.
+    b2: decay of adamw's second moment, and of that of what muon leaves to Adam.
     epsilon: adamw's.
   """
 
@@ -114,15 +117,34 @@ class Optimizer:
     steps = []
     if self.max_gradient_norm is not None:
       steps.append(optax.clip_by_global_norm(self.max_gradient_norm))
-    if self.name == "adafactor":
-      steps.append(optax.adafactor(rate, multiply_by_parameter_scale=True))
-      if self.weight_decay:
-        # adafactor's own option decays without the learning rate.
-        decay = optax.inject_hyperparams(optax.add_decayed_weights)
-        steps.append(decay(weight_decay=lambda step: -self.weight_decay * rate(step)))
-    else:
+    if self.name == "adamw":
       steps.append(
           optax.adamw(rate, self.b1, self.b2, self.epsilon, weight_decay=self.weight_decay)
       )
+      return optax.chain(*steps)
+    if self.name == "adafactor":
+      steps.append(optax.adafactor(rate, multiply_by_parameter_scale=True))
+    else:
+      # T5 starts its queries sqrt(d_kv) smaller than its keys; updates of one size for
+      # all kernels would blow its unscaled scores up.
+      steps += [
+          optax.contrib.muon(
+              1.0, beta=self.b1, adam_b1=self.b1, adam_b2=self.b2, consistent_rms=1.0,
+              muon_weight_dimension_numbers=_kernels,
+          ),
+          optax.scale_by_param_block_rms(),
+          optax.scale_by_schedule(rate),
+      ]
+    if self.weight_decay:
+      # adafactor's own option decays without the learning rate, and muon's would be
+      # scaled by the parameters.
+      decay = optax.inject_hyperparams(optax.add_decayed_weights)
+      steps.append(decay(weight_decay=lambda step: -self.weight_decay * rate(step)))
     return optax.chain(*steps)
+
+
+def _kernels(params: Any) -> Any:
+  """Which parameters muon takes, by their axes: stacked [layers or heads, in, out]."""
+  numbers = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
+  return jax.tree.map(lambda leaf: numbers if leaf.ndim == 3 else None, params)
 

@@ -296,20 +296,20 @@ class Step:
     """Gives an abstract state its shardings: moments lie where their parameters do."""
     everywhere = self.partitioning.sharding(())
     trained, _ = self._split(params)
+    by_path = dict(jax.tree_util.tree_leaves_with_path(trained))
 
-    def like(leaf, param):
-      # Factored moments have another shape, and are small.
-      sharding = param.sharding if leaf.shape == param.shape else everywhere
+    def like(path, leaf):
+      # A moment's path ends with its parameter's. Factored ones have another shape, and
+      # are small.
+      ends = (by_path.get(path[i:]) for i in range(len(path)))
+      param = next((end for end in ends if end is not None and end.shape == leaf.shape), None)
+      sharding = everywhere if param is None else param.sharding
       return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    alone = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere)
+    place = lambda tree: jax.tree_util.tree_map_with_path(like, tree)
     return TrainState(
-        alone(state.step),
-        params,
-        optax.tree_utils.tree_map_params(
-            self._transform, like, state.opt_state, trained, transform_non_params=alone
-        ),
-        None if state.average is None else jax.tree.map(like, state.average, trained),
+        place(state.step), params, place(state.opt_state),
+        None if state.average is None else place(state.average),
     )
 
 
