@@ -57,7 +57,7 @@ class DecodeSettings:
   """What is fixed when a decode loop is compiled.
 
   Attributes:
-    method: one of `METHODS`.
+    method: one of `METHODS`, or a drafter, which is hashable.
     block_size: h, tokens a call can emit at most.
     verify_width: tokens a call verifies along a path, root included, at most h.
     max_length: tokens the output buffers hold.
@@ -67,7 +67,7 @@ class DecodeSettings:
     rescorer: what else than the heads' scores a path is worth.
   """
 
-  method: str
+  method: str | Drafter
   block_size: int
   verify_width: int
   max_length: int
@@ -87,8 +87,9 @@ class DecodeSettings:
     return self.search.nodes(self.depth)
 
   def __post_init__(self):
-    if self.method not in METHODS:
-      raise InputError("method", self.method, f"one of {METHODS}")
+    is_named = isinstance(self.method, str)
+    if self.method not in METHODS if is_named else not hasattr(self.method, "propose"):
+      raise InputError("method", self.method, f"one of {METHODS}, or a drafter")
     if self.block_size < 1:
       raise InputError("block_size", self.block_size, "a positive integer")
     if self.method == "greedy" and self.block_size > 1:
@@ -101,8 +102,13 @@ class DecodeSettings:
       raise InputError("max_length", self.max_length, "a positive integer")
     if self.top_k < 1:
       raise InputError("top_k", self.top_k, "a positive integer")
-    if self.method != "blockwise" and self.top_k > 1:
+    if self.method in METHODS and self.method != "blockwise" and self.top_k > 1:
       raise InputError("top_k", self.top_k, f"1 for method {self.method!r}, which has one draft")
+    if not is_named and self.verify_width != self.method.depth + 1:
+      raise InputError(
+          "verify_width", self.verify_width,
+          f"{self.method.depth + 1}, one more than the drafter's depth",
+      )
     self.search.check(self.depth, self.top_k)
 
 
@@ -267,6 +273,8 @@ def check_settings(config: ModelConfig, settings: DecodeSettings) -> None:
 def make_drafter(model: EncoderDecoder, settings: DecodeSettings) -> Drafter:
   """The drafter of a method; its parameters are the model's decode view."""
   depth = settings.depth
+  if not isinstance(settings.method, str):
+    return settings.method
   if settings.method == "greedy" or depth == 0:
     return EmptyDrafter()
   if settings.method == "reference":
@@ -442,7 +450,7 @@ class Generator:
   def generate(
       self,
       prompts: Sequence[str] | Sequence[Sequence[int]],
-      method: str = "blockwise",
+      method: str | Drafter = "blockwise",
       *,
       block_size: int | None = None,
       verify_width: int | None = None,
@@ -462,9 +470,11 @@ class Generator:
 
     Args:
       prompts: texts (EOS is appended), or lists of token ids taken as they are.
-      method: "greedy", "blockwise" (the model's parallel heads), or "reference"
-        (drafts are copied from `references`).
-      block_size: h, the most tokens a call emits; the model's by default.
+      method: "greedy", "blockwise" (the model's parallel heads), "reference"
+        (drafts are copied from `references`), or a drafter of your own, which must
+        be hashable and reads the model's decode view as its parameters.
+      block_size: h, the most tokens a call emits; the model's by default, or one
+        more than the depth of a drafter of your own.
       verify_width: tokens a call verifies along a path, at most h, which is the
         default.
       top_k: candidates that each head offers, k of the lattice.
@@ -510,7 +520,7 @@ class Generator:
     done: dict[int, tuple] = {}
     seconds, is_warm = [], []
     key = jax.random.key(seed)
-    for number, batch in enumerate(_progress(batches, method, has_progress)):
+    for number, batch in enumerate(_progress(batches, has_progress)):
       before, began = self.num_compilations, time.perf_counter()
       state = self._decode_rows(
           settings, batch, rows, limits, references, buckets, batch_size,
@@ -530,7 +540,7 @@ class Generator:
     return Generation(tokens, calls, traces, texts, seconds, is_warm)
 
   def settings(
-      self, method: str, block_size: int | None = None, verify_width: int | None = None,
+      self, method: str | Drafter, block_size: int | None = None, verify_width: int | None = None,
       max_length: int = 128, rule: AcceptanceRule = accept.ExactMatch(), top_k: int = 1,
       search: SearchSettings = SearchSettings(), scoring: Sequence[Scoring] = (),
   ) -> DecodeSettings:
@@ -541,6 +551,8 @@ class Generator:
     """
     if block_size is None:
       block_size = 1 if method == "greedy" else self.config.block_size
+      if hasattr(method, "depth"):
+        block_size = method.depth + 1
     width = block_size if verify_width is None else verify_width
     rescorer = Rescorer(tuple(part.scorer for part in scoring))
     settings = DecodeSettings(
@@ -615,7 +627,7 @@ class Generator:
     context = _PREFILL(self.model, self.view, tokens, lengths)
     prompt = None
     # Where nothing reads it, a start doesn't depend on the inputs' length.
-    if known is not None or settings.rescorer.scorers:
+    if known is not None or settings.rescorer.scorers or not isinstance(settings.method, str):
       known = None if known is None else place(known, "batch", "length")
       prompt = Prompt(tokens, lengths, known)
     state = _START(self.model, settings, place(row_limits, "batch"), prompt, key, params)
@@ -673,10 +685,10 @@ def read_row(state: dict[str, Any], slot: int) -> tuple[np.ndarray, int, list[Ca
   return tokens, calls, trace
 
 
-def _progress(batches, method: str, is_shown: bool):
+def _progress(batches, is_shown: bool):
   """The batches, behind a progress bar where asked for."""
   if not is_shown:
     return batches
   from rich.progress import track
 
-  return track(batches, description=f"decode {method}")
+  return track(batches, description="decode")

@@ -13,6 +13,7 @@ import numpy as np
 from rich.progress import Progress
 
 from bpd_jax.decoding.search import SearchSettings
+from bpd_jax.decoding.types import Drafter
 from bpd_jax.errors import InputError
 from bpd_jax.evaluation.bootstrap import ratio_interval
 from bpd_jax.evaluation.exactness import check_differences, Difference, find_differences
@@ -27,7 +28,7 @@ class Method:
 
   Attributes:
     name: in results; one of its own among the methods.
-    method: of `Generator.generate`; "reference" drafts greedy's own output,
+    method: of `Generator.generate`, or a drafter; "reference" drafts greedy's own output,
       the ceiling of every drafter.
     block_size: h; the model's by default.
     verify_width: tokens a call verifies along a path; the block size by default.
@@ -41,7 +42,7 @@ class Method:
   """
 
   name: str
-  method: str = "blockwise"
+  method: str | Drafter = "blockwise"
   block_size: int | None = None
   verify_width: int | None = None
   top_k: int = 1
