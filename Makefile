@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: install run test test-slow mutate benchmark lint clean
+.PHONY: install run demo test test-slow mutate benchmark lint clean
 
 install: .venv/installed
 
@@ -11,14 +11,17 @@ install: .venv/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cpu,test]'
 	touch $@
 
-# A random T5 in, all methods over real text out; see experiments/random_t5.
+# New heads behind the shipped base, then base, new and shipped heads side by side.
+run: BEGAN := $(shell date +%s)
 run: install
-	rm -rf runs/random_t5
-	$(BIN)/python experiments/random_t5/make_t5.py runs/random_t5
-	$(BIN)/python -m bpd_jax.import_checkpoint --from runs/random_t5/transformers --to runs/random_t5/model
-	$(BIN)/python -m bpd_jax.evaluate --gin_file=gin/runs/evaluate_jsonl.gin \
-	  --gin.CHECKPOINT="'runs/random_t5/model'" --gin.ROWS="'runs/random_t5/rows.jsonl'" \
-	  --gin.OUTPUT="'runs/random_t5/results'"
+	$(BIN)/python experiments/docstrings/quickstart.py --began $(BEGAN)
+
+# The shipped model, greedy and blockwise, and one decode with its drafts.
+demo: install
+	rm -rf runs/demo
+	$(BIN)/python -m bpd_jax.evaluate --gin_file=experiments/docstrings/demo.gin
+	$(BIN)/python -m bpd_jax.decode --checkpoint experiments/docstrings/model --show-drafts \
+	  --file experiments/docstrings/prompt.txt
 
 # Compiling takes one core; the files of the tests share two.
 test: install

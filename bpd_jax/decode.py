@@ -10,9 +10,11 @@ object that has the prompt in a field.
 
 import argparse
 from collections.abc import Sequence
+import io
+import re
 import sys
 
-from rich.console import Console
+from rich.console import Console, CONSOLE_SVG_FORMAT
 from rich.text import Text
 
 from bpd_jax.data.jsonl import parse_jsonl
@@ -78,10 +80,7 @@ def print_row(
     vocabulary: the model's.
     has_drafts: whether each call is shown.
   """
-  shown = " ".join(prompt.split())
-  if len(shown) > PROMPT_WIDTH:
-    shown = shown[: PROMPT_WIDTH - 1] + "…"
-  console.print(f"# {row + 1}: {shown}", style="dim")
+  console.print(f"# {row + 1}: {_shorten(prompt)}", style="dim")
   print(generation.texts[row])
   if has_drafts:
     for number, call in enumerate(generation.traces[row], start=1):
@@ -108,9 +107,41 @@ def describe_call(number: int, call: Call, vocabulary: Vocabulary) -> Text:
   return text
 
 
+def save_picture(
+    path: str, prompts: Sequence[str], generation: Generation, vocabulary: Vocabulary
+) -> None:
+  """Writes every prompt with its calls as an SVG that needs no network.
+
+  Raises:
+    InputError: where the file can't be written.
+  """
+  console = Console(
+      record=True, file=io.StringIO(), width=100, color_system="truecolor", force_terminal=True,
+      highlight=False, markup=False, emoji=False,
+  )
+  console.print(LEGEND, style="dim")
+  for row, prompt in enumerate(prompts):
+    console.print(f"# {_shorten(prompt)}", style="dim")
+    for number, call in enumerate(generation.traces[row], start=1):
+      console.print(describe_call(number, call, vocabulary))
+    counts = describe_counts(len(generation.tokens[row]), generation.calls[row])
+    console.print(f"# {counts}", style="dim")
+  # Its fonts would be fetched; the reader's own will do.
+  code = re.sub(r"@font-face \{\{.*?\}\}", "", CONSOLE_SVG_FORMAT, flags=re.DOTALL)
+  try:
+    console.save_svg(path, title="bpd_jax", code_format=code)
+  except OSError as error:
+    raise InputError("svg", path, f"a path that can be written ({error.strerror})") from error
+
+
 def describe_counts(tokens: int, calls: int) -> str:
   """Tokens, calls and block efficiency in words."""
   return f"{tokens} tokens, {calls} decoder calls, block efficiency {tokens / calls:.2f}"
+
+
+def _shorten(prompt: str) -> str:
+  shown = " ".join(prompt.split())
+  return shown if len(shown) <= PROMPT_WIDTH else shown[: PROMPT_WIDTH - 1] + "…"
 
 
 def _on_one_line(piece: str) -> str:
@@ -142,6 +173,7 @@ def main(argv: Sequence[str]) -> None:
       "--show-drafts", "--show_drafts", action="store_true",
       help="show each call's draft: + accepted, - rejected, = the base model's own choice",
   )
+  parser.add_argument("--svg", metavar="FILE", help="save the calls as a picture")
   parser.add_argument(
       "--block-size", type=int, metavar="H", help="most tokens a call emits (default the model's)"
   )
@@ -172,6 +204,8 @@ def main(argv: Sequence[str]) -> None:
   if len(prompts) > 1:
     total = describe_counts(sum(map(len, generation.tokens)), sum(generation.calls))
     console.print(f"# all {len(prompts)}: {total}", style="dim")
+  if args.svg is not None:
+    save_picture(args.svg, prompts, generation, model.vocabulary)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from pathlib import Path
 import re
 import subprocess
 import sys
+from xml.etree import ElementTree
 
 import jax
 import numpy as np
@@ -190,3 +191,22 @@ def test_command_in_a_pipe(folder, expected):
   )
   assert done.stderr == ""
   assert f"# 1: one prompt\n{expected.texts[0]}\n# 12 tokens" in done.stdout
+
+
+def test_a_picture_has_every_call_and_asks_no_network(folder, expected, capsys, tmp_path):
+  path = tmp_path / "calls.svg"
+  shown_by(capsys, folder, "--svg", str(path), *PROMPTS)
+  text = path.read_text(encoding="utf-8")
+  root = ElementTree.fromstring(text)
+  lines = [
+      "".join(part.itertext()).replace("\xa0", " ") for part in root.findall(".//{*}text")
+  ]
+  joined = "".join(lines)
+  for row, calls in enumerate(expected.calls):
+    tokens = len(expected.tokens[row])
+    assert f"{tokens} tokens, {calls} decoder calls" in joined
+  drafted = re.findall(r" \d+/(\d+)  ", joined)
+  assert len(drafted) == sum(expected.calls) and drafted.count("0") >= len(PROMPTS)
+  assert "@font-face" not in text and "url(http" not in text
+  with pytest.raises(InputError, match="svg"):
+    main(["--checkpoint", folder, "--max-length", "4", "--svg", str(tmp_path / "no/x.svg"), "a"])
