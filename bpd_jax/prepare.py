@@ -3,15 +3,18 @@
   python -m bpd_jax.prepare list
   python -m bpd_jax.prepare examples docstring_qa -n 3
   python -m bpd_jax.prepare cache docstring_qa docstring_lm --to runs/caches
+  python -m bpd_jax.prepare rows squad --split validation --to squad.jsonl
 
 A cache is a folder TASK.SPLIT of the given one, see `bpd_jax.data.token_cache`.
 """
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import contextlib
 import functools
 import io
+import itertools
+import json
 import os
 from pathlib import Path
 import sys
@@ -109,33 +112,37 @@ def cache(
     _write(folder, request, vocabulary)
 
 
-def print_examples(
+def random_examples(
     task: str,
     split: str,
-    num_examples: int,
+    num_examples: int | None,
     *,
     vocabulary_file: str = str(VOCABULARY_FILE),
     data_dir: str | None = None,
     lengths: tuple[int, int] = (MAX_INPUT_TOKENS, MAX_TARGET_TOKENS),
     seed: int = 0,
     **corpus: Any,
-) -> None:
-  """Prints random examples of a task as a model sees them, from ids back to text.
+) -> Iterator[tuple[list[int], list[int], str, str]]:
+  """Random examples of a task as a model sees them, from ids back to text.
 
   Args:
     task: a registered name.
     split: of the task.
-    num_examples: how many.
+    num_examples: how many; None for all.
     vocabulary_file: see `read_vocabulary`.
     data_dir: TFDS's folder; its own default if None.
     lengths: most tokens of inputs and targets, for objectives that cut texts.
     seed: of the choice.
     **corpus: manifest and environment, see `seqio_tasks.register`.
 
+  Yields:
+    Ids of inputs and targets, and both as text.
+
   Raises:
     InputError: where an argument is wrong or the data isn't there.
   """
-  check_count("n", num_examples)
+  if num_examples is not None:
+    check_count("n", num_examples)
   vocabulary = read_vocabulary(vocabulary_file)
   import_quietly()
   from bpd_jax.data import seqio_cache, seqio_tasks
@@ -144,9 +151,52 @@ def print_examples(
   check_split(task, split)
   get_data(task, info)
   examples = seqio_cache.task_examples(task, split, lengths, seed=seed, is_shuffled=True)
-  for _, (inputs, targets) in zip(range(num_examples), examples):
+  for inputs, targets in itertools.islice(examples, num_examples):
+    yield inputs, targets, vocabulary.decode(inputs), vocabulary.decode(targets)
+
+
+def print_examples(task: str, split: str, num_examples: int, **options: Any) -> None:
+  """Prints examples; see `random_examples`."""
+  examples = random_examples(task, split, num_examples, **options)
+  for inputs, targets, prompt, reference in examples:
     Console().rule(f"{task}.{split}: {len(inputs)} → {len(targets)} tokens")
-    print(f"{vocabulary.decode(inputs)}\n--->\n{vocabulary.decode(targets)}")
+    print(f"{prompt}\n--->\n{reference}")
+
+
+def write_rows(
+    task: str, split: str, to: str, num_examples: int | None = None, **options: Any
+) -> None:
+  """Writes examples as JSONL, what an evaluation of rows reads.
+
+  Inputs that are too long are cut, as they are for training.
+
+  Args:
+    task: a registered name.
+    split: of the task.
+    to: a file that doesn't exist yet.
+    num_examples: how many, drawn at random; all by default.
+    **options: of `random_examples`.
+
+  Raises:
+    InputError: where an argument is wrong, the data isn't there, or the file is or
+      can't be written.
+  """
+  if os.path.lexists(to):
+    raise InputError("to", to, "a path where nothing is yet")
+  count = 0
+  partial = f"{to}.partial"
+  try:
+    with open(partial, "w", encoding="utf-8") as file:
+      for _, _, prompt, reference in random_examples(task, split, num_examples, **options):
+        row = {"inputs": prompt, "targets": reference}
+        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        count += 1
+    os.replace(partial, to)
+  except OSError as error:
+    raise InputError("to", to, f"a path that can be written ({error.strerror})") from error
+  finally:
+    Path(partial).unlink(missing_ok=True)
+  print(f"{to}: {count:,} rows of {task}.{split}")
 
 
 def print_tasks(data_dir: str | None = None, **corpus: Any) -> None:
@@ -298,6 +348,13 @@ def main(argv: Sequence[str]) -> None:
   examples.add_argument("task")
   examples.add_argument("-n", type=int, default=5, metavar="N", help="how many (default 5)")
   examples.add_argument("--split", default="validation", help="default: validation")
+  rows = commands.add_parser(
+      "rows", parents=[common, reading], help="write a task's rows as JSONL, to evaluate on"
+  )
+  rows.add_argument("task")
+  rows.add_argument("--to", required=True, metavar="FILE", help="file to write")
+  rows.add_argument("-n", type=int, metavar="N", help="how many, at random (default all)")
+  rows.add_argument("--split", default="validation", help="default: validation")
   write = commands.add_parser("cache", parents=[common, reading], help="write token caches")
   write.add_argument("tasks", nargs="+", metavar="TASK")
   write.add_argument("--to", required=True, metavar="DIR", help="folder for TASK.SPLIT")
@@ -316,6 +373,8 @@ def main(argv: Sequence[str]) -> None:
   lengths = args.max_input_length, args.max_target_length
   if args.command == "examples":
     print_examples(args.task, args.split, args.n, lengths=lengths, **reading)
+  elif args.command == "rows":
+    write_rows(args.task, args.split, args.to, args.n, lengths=lengths, **reading)
   else:
     cache(
         args.tasks, args.to, args.split, max_input_length=lengths[0],

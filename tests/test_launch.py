@@ -3,7 +3,6 @@
 import importlib
 from pathlib import Path
 import re
-import shlex
 
 import gin
 import jax
@@ -117,25 +116,6 @@ def test_every_model_can_be_trained(model, monkeypatch):
   shapes = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
   assert shapes(state) == shapes(step.abstract_state)
   assert metrics["loss"].shape == () and metrics["count"].shape == (8,)
-
-
-def commands_of(page):
-  """The command lines of gin in a page's blocks."""
-  for block in re.findall(r"^```\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
-    for line in block.replace("\\\n", " ").splitlines():
-      if "--gin_file" in line:
-        yield line
-
-
-PAGES = [ROOT / "docs/training.md", ROOT / "docs/journey.md", ROOT / "docs/reading_results.md"]
-
-
-@pytest.mark.parametrize("line", [line for page in PAGES for line in commands_of(page)])
-def test_commands_of_the_pages_are_understood(line, monkeypatch):
-  monkeypatch.chdir(ROOT)
-  python, m, module, *argv = shlex.split(line)
-  entry = importlib.import_module(module)
-  read_gin(argv, "program", "does", getattr(entry, module.rpartition(".")[2]))
 
 
 def test_every_macro_of_training_is_explained():

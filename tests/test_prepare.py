@@ -14,6 +14,8 @@ import small_corpus
 
 from bpd_jax import prepare
 from bpd_jax.data import docstrings, rows
+from bpd_jax.data.grammar import grammar
+from bpd_jax.data.jsonl import JsonlTask
 from bpd_jax.data.token_cache import TokenCache
 from bpd_jax.errors import InputError
 from bpd_jax.vocabulary import BYTES_CLASS, SentencePieceVocabulary
@@ -142,6 +144,22 @@ def test_bytes_are_a_vocabulary_too(tmp_path):
   assert inputs == [byte + 3 for byte in text.encode()] + [1]
 
 
+def test_rows_are_what_an_evaluation_reads(tmp_path, capsys):
+  path = tmp_path / "rows.jsonl"
+  prepare.main(["rows", "grammar", "--split", "test", "--to", str(path), "-n", "7"])
+  found = JsonlTask("rows", str(path), targets="targets").rows()
+  # The shipped rows are the first of the split.
+  every = {example.inputs: example.targets for example in grammar("test", 2000)}
+  assert len(found) == 7 == len({row["inputs"] for row in found})
+  assert all(every[row["inputs"]] == row["targets"] for row in found)
+  assert capsys.readouterr().out == f"{path}: 7 rows of grammar.test\n"
+  with pytest.raises(InputError, match="^to = .*: allowed is a path where nothing is yet"):
+    prepare.main(["rows", "grammar", "--to", str(path)])
+  with pytest.raises(InputError, match="^to = .*: allowed is a path that can be written"):
+    prepare.main(["rows", "grammar", "--to", str(tmp_path / "no/rows.jsonl"), "-n", "1"])
+  assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
 def test_a_disk_that_is_full_leaves_nothing(tmp_path, monkeypatch):
   from bpd_jax.data import seqio_cache
 
@@ -170,6 +188,7 @@ def test_a_disk_that_is_full_leaves_nothing(tmp_path, monkeypatch):
     (["cache", "grammar", "xsum"], "^xsum data = .* says what to fetch by hand$"),
     (["examples", "xsum"], "^xsum data = "),
     (["examples", "grammar", "-n", "0"], "^n = 0"),
+    (["rows", "grammar", "-n", "0", "--to", "absent.jsonl"], "^n = 0"),
     (["examples", "grammar", "--split", "dev"], "^grammar split = 'dev'"),
 ])
 def test_bad_input_is_one_line_before_anything_is_written(

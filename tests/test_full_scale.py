@@ -1,0 +1,100 @@
+"""The paper's experiment at its own size: files parse, sizes are the paper's, shapes fit."""
+
+from pathlib import Path
+
+import gin
+import jax
+import pytest
+
+from bpd_jax import evaluate, train
+from bpd_jax.generation import Generator
+from bpd_jax.launch import read_gin_files
+from bpd_jax.model.model import abstract_params
+from bpd_jax.partitioning import single_device
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = "experiments/refined_drafts/full_scale"
+DATA = ["CACHES = 'caches'", "VOCABULARY = 'words.model'"]
+TASK = ["TRAIN_CACHE = 'squad.train'", "HELD_OUT_CACHE = 'squad.validation'", "WORKDIR = 'x'"]
+# Totals in millions, from the paper.
+TRAINED = {"pretrain": 1500, "rescorer_32m": 32, "rescorer_61m": 61, "rescorer_94m": 94}
+
+
+@pytest.fixture(autouse=True)
+def at_root(monkeypatch):
+  monkeypatch.chdir(ROOT)
+  yield
+  gin.clear_config()
+
+
+def made(owner, *names):
+  """What a function is going to be called with."""
+  return [
+      gin.query_parameter(f"{owner}.{name}").scoped_configurable_fn() for name in names
+  ]
+
+
+def check_step(config, optimizer, loss, mode, lengths):
+  """A step's shapes, at 2 rows: the state comes back as it went in."""
+  step = train.Step(config, single_device(), optimizer, loss, mode=mode)
+  batch = {
+      f"{side}_{what}": jax.ShapeDtypeStruct((2, length), jax.numpy.int32)
+      for side, length, whats in zip(
+          ("encoder", "decoder"), lengths,
+          (("input_tokens", "segment_ids"), ("input_tokens", "target_tokens", "segment_ids")),
+      )
+      for what in whats
+  }
+  key = jax.eval_shape(jax.random.key, 0)
+  state, metrics = jax.eval_shape(step._run, step.abstract_state, batch, key)
+  shapes = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
+  assert shapes(state) == shapes(step.abstract_state)
+  assert metrics["count"].shape == (config.block_size,)
+
+
+def test_every_file_is_looked_at():
+  names = {path.stem for path in (ROOT / FOLDER).glob("*.gin")}
+  assert names == {*TRAINED, "finetune", "evaluate"}
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_what_starts_from_scratch(name):
+  read_gin_files([f"{FOLDER}/{name}.gin"], DATA)
+  config, optimizer, loss, schedule = made("train", "config", "optimizer", "loss", "schedule")
+  count = sum(leaf.size for leaf in jax.tree.leaves(abstract_params(config, single_device())))
+  assert count / 1e6 == pytest.approx(TRAINED[name], rel=0.01)
+  assert config.block_size == (9 if name == "pretrain" else 1)
+  assert (schedule.num_steps, schedule.best_metric) == (200_000, "validation/loss")
+  check_step(config, optimizer, loss, "joint", (512, 256))
+
+
+def test_finetuning_goes_on_with_all_of_the_model():
+  read_gin_files([f"{FOLDER}/pretrain.gin"], DATA)
+  (config,) = made("train", "config")
+  gin.clear_config()
+  read_gin_files([f"{FOLDER}/finetune.gin"], [DATA[0], *TASK])
+  optimizer, loss, schedule = made("train", "optimizer", "loss", "schedule")
+  assert gin.query_parameter("%MODE") == "joint"
+  assert gin.query_parameter("%BLOCK_SIZE") == config.block_size
+  assert (optimizer.learning_rate, optimizer.schedule) == (1e-4, "cosine")
+  assert (schedule.num_steps, schedule.best_metric) == (100_000, "validation/loss")
+  check_step(config, optimizer, loss, "joint", (2048, 512))
+
+
+def test_every_method_can_be_compiled_for_the_model():
+  read_gin_files([f"{FOLDER}/pretrain.gin"], DATA)
+  (config,) = made("train", "config")
+  gin.clear_config()
+  names = {"CHECKPOINT": "m", "OUTPUT": "o", "NGRAM": "n", "NEURAL": "s", "ROWS": "r"}
+  read_gin_files([f"{FOLDER}/evaluate.gin"], [f"{k} = '{v}'" for k, v in names.items()])
+  methods = [part.scoped_configurable_fn() for part in gin.query_parameter("evaluate.methods")]
+  model = Generator(config, params=None)
+  found = {}
+  for method in methods:
+    settings = model.settings(max_length=512, **method.options)
+    found[method.name] = (settings.block_size, settings.top_k, settings.num_nodes)
+  assert found["best16_4gram"][:2] == found["local_neural"][:2] == (9, 16)
+  assert found["blockwise"] == (9, 1, 9)
+  assert {"ngram2", "neural_ngram", "no_repeat", "oracle_k2", "oracle_k16"} <= set(found)
+  (task,) = (part.scoped_configurable_fn() for part in gin.query_parameter("%TASKS"))
+  assert task.targets == "targets" and evaluate is not None
