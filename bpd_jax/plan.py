@@ -26,8 +26,8 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
-from bpd_jax.decoding.cache import cache_length
 from bpd_jax.errors import InputError
+from bpd_jax.evaluation.cost import call_cost
 from bpd_jax.generation import decode_batch, DecodeSettings, prefill, start_state
 from bpd_jax.launch import read_gin, run
 from bpd_jax.model.config import ModelConfig
@@ -186,42 +186,6 @@ def check_model(config: ModelConfig, partitioning: Partitioning) -> None:
       )
 
 
-def call_cost(
-    config: ModelConfig, nodes: int, rows: int, output_length: int, input_length: int,
-    split: int = 1,
-) -> tuple[int, int]:
-  """Operations and bytes of one decoder call, the heads that draft included.
-
-  Counted are matrix products; the weights, read once (the output projection
-  twice where heads draft, before and after the decoder); the whole buffers of
-  the cache and of the encoder's keys and values, and the nodes' own, written.
-  Activations and logits are taken to stay on the chip.
-
-  Args:
-    config: of the model; `dtype` is that of weights, cache and products.
-    nodes: of the call; the first h - 1 heads after the base model draft for it,
-      or as many as a chain of `nodes` has use for.
-    rows: of the batch, on this device.
-    output_length: most tokens of a row, which sizes the cache.
-    input_length: of the encoder.
-    split: devices that share the heads, the feed-forward layers and the
-      vocabulary.
-  """
-  heads = min(nodes, config.block_size) - 1
-  joined = config.num_heads * config.d_kv
-  slots = cache_length(output_length, heads)
-  layer = (6 * joined + (2 + config.is_gated) * config.d_ff) * config.d_model
-  layers = config.num_decoder_layers * layer
-  head = 2 * config.d_model * config.head_d_ff
-  project = config.d_model * config.vocab_size
-  attend = 2 * config.num_decoder_layers * joined * (slots + nodes + input_length)
-  products = rows * (nodes * (layers + project + attend) + heads * (head + project))
-  weights = layers + heads * head + project * (2 if heads else 1)
-  stored = rows * 2 * config.num_decoder_layers * joined * (slots + input_length + nodes)
-  size = jnp.dtype(config.dtype).itemsize
-  return 2 * products // split, size * (weights + stored) // split
-
-
 def plan_call(
     chip: Chip, partitioning: Partitioning | None, config: ModelConfig, nodes: int,
     batch_size: int, output_length: int, input_length: int,
@@ -236,8 +200,9 @@ def plan_call(
     mesh = partitioning.mesh.shape
     # Rows are padded to a multiple, so the fullest device has this many.
     rows, split = math.ceil(batch_size / (mesh["data"] * mesh["fsdp"])), mesh["model"]
-  flops, traffic = call_cost(config, nodes, rows, output_length, input_length, split)
-  return Call(flops, traffic, max(flops / chip.flops, traffic / chip.bandwidth))
+  cost = call_cost(config, nodes, rows, output_length, input_length, split)
+  seconds = max(cost.flops / chip.flops, cost.bytes / chip.bandwidth)
+  return Call(cost.flops, cost.bytes, seconds)
 
 
 def collectives(hlo: str) -> dict[str, tuple[int, int]]:

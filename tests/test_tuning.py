@@ -188,6 +188,14 @@ def check_report(folder, task, methods):
     assert f"<td>{name}</td>" in page
   assert own["methods"]["oracle_k4"]["closed_distance"] == 1
   assert own["methods"]["blockwise"]["closed_distance"] == 0
+  cost = {name: entry["cost"] for name, entry in own["methods"].items()}
+  # A small model has weights of its own; n-grams only make calls fewer.
+  plain, ngram, neural = (
+      cost[name]["parameter_bytes"] * own["methods"][name]["block_efficiency"]
+      for name in ("blockwise", "best16_4gram", "neural_ngram")
+  )
+  assert neural > ngram == pytest.approx(plain)
+  assert f"<td>{cost['blockwise']['flops'] / 1e6:,.1f}</td>" in page
   links = re.findall(r"(?:src|href|url)\s*[=(]\s*[\"']?([^\"'\s>)]+)", page)
   assert all(link.startswith("#") for link in links), links
   assert page.count("<svg") == 2 and "<script" not in page

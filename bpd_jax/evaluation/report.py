@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from bpd_jax.decoding.scorers.neural import NeuralScorer
 from bpd_jax.evaluation.analysis import (
     closed_distance,
     compare_drafts,
@@ -22,11 +23,12 @@ from bpd_jax.evaluation.analysis import (
     RECALLS,
     rising_heads,
 )
+from bpd_jax.evaluation.cost import token_cost
 from bpd_jax.evaluation.replay import Recording, replay
 from bpd_jax.evaluation.run import Method
 from bpd_jax.evaluation.scoring import is_oracle
 from bpd_jax.evaluation.watch import watch
-from bpd_jax.generation import Call, Generator, Scoring
+from bpd_jax.generation import Call, Generation, Generator, Scoring
 from bpd_jax.vocabulary import Vocabulary
 
 # Candidates of a step that a decode shows, besides the one that was chosen.
@@ -49,9 +51,9 @@ def analyse_task(
 
   Returns:
     Ready for JSON: `heads`, see `head_statistics`, with `rising_heads`; `methods`, for
-    each `block_efficiency`, `repetition`, `by_position`, `against_plain` (see
-    `compare_drafts`; absent without a plain method) and `closed_distance` (absent
-    without an oracle); `decodes`, each `method`, `row` and `calls`.
+    each `block_efficiency`, `repetition`, `by_position`, `cost` (see `_cost`),
+    `against_plain` (see `compare_drafts`; absent without a plain method) and
+    `closed_distance` (absent without an oracle); `decodes`, each `method`, `row` and `calls`.
   """
   methods = [method for method in methods if method.method == "blockwise"]
   heads = head_statistics(generator, recording)
@@ -69,6 +71,7 @@ def analyse_task(
         "block_efficiency": decoded.block_efficiency,
         "repetition": describe_repetition(decoded),
         "by_position": efficiency_by_position(decoded),
+        "cost": _cost(generator, recording, method, scoring[method.name], decoded),
     }
     if plain is not None and method is not plain:
       after = drafts_everywhere(generator, recording, **options[method.name])
@@ -91,6 +94,24 @@ def analyse_task(
       for row in range(min(num_decodes, len(recording))) for method in shown
   ]
   return {"heads": heads, "methods": found, "decodes": decodes}
+
+
+def _cost(
+    generator: Generator, recording: Recording, method: Method, scoring: Sequence[Scoring],
+    decoded: Generation,
+) -> dict[str, float]:
+  """`Cost` of a token at batch 1, with an input and a prefix of mean length."""
+  settings = generator.settings(**method.options)
+  cost = token_cost(
+      generator.config, settings.num_nodes, settings.depth, decoded.block_efficiency,
+      output_length=int(recording.lengths.mean() // 2),
+      input_length=int(recording.prompt_lengths.mean()),
+      scorers=[
+          part.scorer.model.model.config for part in scoring
+          if isinstance(part.scorer, NeuralScorer)
+      ],
+  )
+  return dataclasses.asdict(cost)
 
 
 def make_report(
@@ -163,6 +184,7 @@ def _method_table(methods: Mapping[str, Any], analysis: Mapping[str, Any]) -> st
     low, high = entry["block_efficiency_interval"]
     free = entry["block_efficiency_loop_free"]
     repeats, against = own.get("repetition"), own.get("against_plain", {})
+    cost = own.get("cost", {})
     weights = ", ".join(
         f"{_text(scorer['scorer'])} {_weight(scorer['weight'])}"
         for scorer in entry.get("scorers", []) if "weight" in scorer
@@ -171,6 +193,9 @@ def _method_table(methods: Mapping[str, Any], analysis: Mapping[str, Any]) -> st
         _text(name), str(entry["nodes"]), f"{entry['block_efficiency']:.3f}",
         f"{low:.2f}–{high:.2f}", "" if free is None else f"{free:.3f}",
         percent(own.get("closed_distance")), f"{entry['speedup_over_greedy']:.2f}×",
+        f"{1e3 / entry['tokens_per_second']:.2f}",
+        *(f"{cost[key] / 1e6:,.1f}" if cost else ""
+          for key in ("parameter_bytes", "cache_bytes", "flops")),
         percent(repeats and repeats["consecutive"]),
         f"{repeats['longest_run']:.2f}" if repeats else "",
         *(percent(against.get(key)) for key in ("wins", "losses", "repairs", "regressions")),
@@ -178,7 +203,8 @@ def _method_table(methods: Mapping[str, Any], analysis: Mapping[str, Any]) -> st
     ])
   return _table([
       "method", "nodes", "block efficiency", "95 %", "loop-free", "of the way to the oracle",
-      "speed-up", "repeated pairs", "longest run", "wins", "losses", "repairs", "regressions",
+      "speed-up", "ms a token", "weights, MB a token", "cache, MB a token", "MFLOP a token",
+      "repeated pairs", "longest run", "wins", "losses", "repairs", "regressions",
       "proved", "weights",
   ], rows)
 
