@@ -1,0 +1,171 @@
+"""Tables 1, 3, 4, 5 and 9 to 13 of Kim et al. 2024, row for row, and its two figures.
+
+  python experiments/refined_drafts/tables.py runs/refined_drafts/results [--model DIR]
+
+Reads what an evaluation left (`results.json`, `analysis.json`), prints Markdown, and
+writes it with plots beside them.
+"""
+
+import argparse
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bpd_jax.checkpoints import load_config
+from bpd_jax.evaluation.cost import token_cost
+from bpd_jax.folders import read_object
+from bpd_jax.launch import run
+
+KV_LENGTHS = (128, 512, 1024, 2048)
+INPUT_LENGTH = 256
+Row = Sequence[str]
+
+
+def markdown(title: str, header: Row, rows: Sequence[Row]) -> str:
+  """A table with its title."""
+  lines = [f"**{title}**", "", f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+  return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)]) + "\n"
+
+
+def efficiency(task: Mapping[str, Any], method: str) -> str:
+  """Block efficiency of a method, with its gain over plain drafts."""
+  value = task["methods"][method]["block_efficiency"]
+  plain = task["methods"]["blockwise"]["block_efficiency"]
+  return f"{value:.3f} ({value / plain - 1:+.1%})"
+
+
+def by_method(tasks: Mapping[str, Any], methods: Sequence[str], cell: Callable) -> list[Row]:
+  """A row a task, a cell a method."""
+  return [[name, *(cell(task, method) for method in methods)] for name, task in tasks.items()]
+
+
+def tables(
+    tasks: Mapping[str, Any], analysis: Mapping[str, Any], config: Any, small: Any
+) -> Iterator[str]:
+  """The tables, of tasks by name from `results.json` and `analysis.json`."""
+  methods = list(next(iter(tasks.values()))["methods"])
+  has = lambda *names: [name for name in names if name in methods]
+  yield markdown(
+      "Table 1: quality, and block efficiency with 9 heads",
+      ["task", "quality", "learned", "block efficiency", "95 %", "speed-up"],
+      [[
+          name, f"{task['main_metric']} {task['quality'][task['main_metric']]:.3f}",
+          "yes" if task["learned"] else "no", f"{plain['block_efficiency']:.3f}",
+          "{:.2f}–{:.2f}".format(*plain["block_efficiency_interval"]),
+          f"{plain['speedup_over_greedy']:.2f}×",
+      ] for name, task in tasks.items() for plain in [task["methods"]["blockwise"]]],
+  )
+  repeats = lambda name, method: analysis[name]["methods"][method]["repetition"]
+  yield markdown(
+      "Table 3: repeats in drafts, plain and re-scored by 2-grams",
+      ["task", "repeated pairs", "with 2-grams", "longest run", "with 2-grams"],
+      [[
+          name, *(f"{repeats(name, method)['consecutive']:.1%}" for method in PAIR),
+          *(f"{repeats(name, method)['longest_run']:.2f}" for method in PAIR),
+      ] for name in tasks],
+  )
+  named = has("blockwise", "local_neural", "ngram4", "best16_0gram", "best16_4gram", "no_repeat")
+  yield markdown("Table 4: block efficiency, k = 16", ["task", *named],
+                 by_method(tasks, named, efficiency))
+  against = lambda name: analysis[name]["methods"]["local_neural"]["against_plain"]
+  words = ("wins", "ties", "losses", "repairs", "regressions")
+  yield markdown("Table 5: drafts re-scored by the small model, against plain ones",
+                 ["task", *words],
+                 [[name, *(f"{against(name)[word]:.1%}" for word in words)] for name in tasks])
+  named = has("ngram2_general", "ngram2", "ngram4_general", "ngram4", "ngram4_own")
+  yield markdown("Table 9: general, in-domain, and the base's own text", ["task", *named],
+                 by_method(tasks, named, efficiency))
+  weighted = [name for name in methods if any(
+      "weight" in part for task in tasks.values()
+      for part in task["methods"][name].get("scorers", []))]
+  weights = lambda task, method: ", ".join(
+      f"{part['weight']:g}" if isinstance(part["weight"], int | float) else str(part["weight"])
+      for part in task["methods"][method]["scorers"]
+  )
+  yield markdown("Table 10: weights that tuning chose", ["task", *weighted],
+                 by_method(tasks, weighted, weights))
+  named = has("local_neural", "local_neural_blind", "ngram2", "ngram4", "neural_ngram", "cache",
+              "oracle_k2", "oracle_k4", "oracle_k8", "oracle_k16")
+  yield markdown("Table 11: one draft a call, and the oracle", ["task", *named],
+                 by_method(tasks, named, efficiency))
+  named = has("blockwise_h3", "blockwise_h6", "blockwise")
+  plain = lambda task, method: f"{task['methods'][method]['block_efficiency']:.3f}"
+  yield markdown("Table 12: 3, 6 and 9 heads", ["task", *named], by_method(tasks, named, plain))
+  rows = []
+  for method in methods:
+    entries = [task["methods"][method] for task in tasks.values()]
+    mean = float(np.mean([entry["block_efficiency"] for entry in entries]))
+    scorers = [small for part in entries[0].get("scorers", []) if part["scorer"] == "Neural"]
+    heads = 0 if method == "greedy" else entries[0]["verify_width"] - 1
+    cost = lambda length, mean=mean, heads=heads, nodes=entries[0]["nodes"], scorers=scorers: (
+        token_cost(config, nodes, heads, mean, output_length=length, input_length=INPUT_LENGTH,
+                   scorers=scorers))
+    rows.append([
+        method, f"{mean:.3f}", f"{cost(KV_LENGTHS[0]).parameter_bytes / 1e6:.2f}",
+        *(f"{cost(length).cache_bytes / 1e6:.2f}" for length in KV_LENGTHS),
+        f"{cost(KV_LENGTHS[0]).flops / 1e6:.1f}",
+        f"{np.mean([1e3 / entry['tokens_per_second'] for entry in entries]):.2f}",
+    ])
+  yield markdown(
+      f"Table 13: what a token costs by counting (batch 1, input of {INPUT_LENGTH}), and measured",
+      ["method", "mean block efficiency", "weights, MB",
+       *(f"cache at {length}, MB" for length in KV_LENGTHS), "MFLOP", "ms a token, measured"],
+      rows,
+  )
+  distances = [name for name in methods if name != "greedy"]
+  closed = lambda task, method: _percent(
+      analysis[task["name"]]["methods"][method].get("closed_distance"))
+  yield markdown(
+      "Of the way from plain drafts to the oracle with k = 16", ["task", *distances],
+      by_method({name: task | {"name": name} for name, task in tasks.items()}, distances, closed),
+  )
+  heads = [
+      [name, str(own["rising_heads"]), *(f"{value:.2f}" for value in own["entropy"])]
+      for name in tasks for own in [analysis[name]["heads"]]
+  ]
+  yield markdown("Entropy by head, nats; up to which head it rises",
+                 ["task", "h_max", *map(str, range(1, config.block_size + 1))], heads)
+  yield _regression(tasks, analysis)
+
+
+PAIR = ("blockwise", "ngram2")
+
+
+def _percent(value: float | None) -> str:
+  return "–" if value is None else f"{value:.1%}"
+
+
+def _regression(tasks: Mapping[str, Any], analysis: Mapping[str, Any]) -> str:
+  """Block efficiency on h_max over the tasks, in a sentence."""
+  x = np.array([analysis[name]["heads"]["rising_heads"] for name in tasks], float)
+  y = np.array([task["methods"]["blockwise"]["block_efficiency"] for task in tasks.values()])
+  if len(x) < 3 or not x.std() or not y.std():
+    return f"h_max is {sorted(set(x.astype(int).tolist()))} on {len(x)} tasks: no line to fit.\n"
+  slope, start = np.polyfit(x, y, 1)
+  return (f"Block efficiency ≈ {start:.2f} + {slope:.2f} · h_max over {len(x)} tasks, "
+          f"R = {np.corrcoef(x, y)[0, 1]:.2f} (the paper's 7 tasks: 0.77).\n")
+
+
+def main(argv: Sequence[str]) -> None:
+  """Prints and writes the tables; learned tasks alone unless there are none."""
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("results", type=Path, help="folder of an evaluation")
+  parser.add_argument("--model", help="model folder (default the evaluation's)")
+  parser.add_argument("--small", help="folder of the small model that re-scores")
+  args = parser.parse_args(argv)
+  results = read_object(args.results / "results.json")
+  analysis = read_object(args.results / "analysis.json")
+  config = load_config(args.model or results["checkpoint"])
+  small = load_config(args.small) if args.small else None
+  learned = {name: task for name, task in results["tasks"].items() if task["learned"]}
+  text = "\n".join(tables(learned or results["tasks"], analysis, config, small))
+  if not learned:
+    text = "No task is learned; these are all of them, and say nothing.\n\n" + text
+  print(text)
+  (args.results / "tables.md").write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+  run(main)
