@@ -23,9 +23,11 @@ demo: install
 	$(BIN)/python -m bpd_jax.decode --checkpoint experiments/docstrings/model --show-drafts \
 	  --file experiments/docstrings/prompt.txt
 
-# Compiling takes one core; the files of the tests share two.
+# Compiling takes one core; the files of the tests share two. Most of their time is
+# compiling programs that run once, so LLVM optimises nothing.
 test: install
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	XLA_FLAGS="--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true" \
+	  $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow

@@ -6,6 +6,7 @@ from pathlib import Path
 import subprocess
 import sys
 
+from devices import device_flags
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -219,7 +220,7 @@ def test_folder_loads_on_a_mesh_and_back(saved, params, tmp_path):
   # A vocabulary of 63 doesn't divide over two devices.
   odd = CONFIG.replace(vocab_size=63)
   save_model(tmp_path / "odd", odd, init_params(odd, PLACE, jax.random.key(0)))
-  flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+  flags = {"XLA_FLAGS": device_flags(8), "JAX_PLATFORMS": "cpu"}
   done = subprocess.run(
       [sys.executable, "-c", ON_A_MESH, saved, tmp_path / "back", tmp_path / "odd"],
       cwd=ROOT, env=os.environ | flags, capture_output=True, text=True, check=False,

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 
+from devices import device_flags
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -186,7 +187,7 @@ print(json.dumps(out))
 def on_mesh():
   """What a process with 8 devices, 2 data × 2 fsdp × 2 model, finds."""
   environment = os.environ | {
-      "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu",
+      "XLA_FLAGS": device_flags(8), "JAX_PLATFORMS": "cpu",
       "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
   }
   done = subprocess.run(

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 
+from devices import device_flags
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -389,7 +390,7 @@ def report():
   done = subprocess.run(
       [sys.executable, "-c", code], capture_output=True, text=True, check=False,
       cwd=__file__.rpartition("/")[0],
-      env={"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+      env={"JAX_PLATFORMS": "cpu", "XLA_FLAGS": device_flags(8),
            "PATH": ""},
   )
   assert done.returncode == 0, done.stderr

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import time
 
+from devices import device_flags
 from jax import monitoring
 import numpy as np
 import pytest
@@ -181,7 +182,7 @@ def test_a_run_goes_on_with_another_number_of_devices(rows, whole, tmp_path, mon
   for name in ("one", "two"):
     shutil.copytree(whole, tmp_path / name)
   assert run(arguments(rows, tmp_path / "one", **WHOLE, STEPS=STEPS + 5)) == 0
-  monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+  monkeypatch.setenv("XLA_FLAGS", device_flags(2))
   process = start(arguments(rows, tmp_path / "two", **WHOLE, STEPS=STEPS + 5, DATA_PARALLEL=2))
   out, err = process.communicate()
   assert process.returncode == 0, err
