@@ -18,16 +18,17 @@ from typing import Any
 import gin
 from rich.console import Console
 from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    track,
+  BarColumn,
+  MofNCompleteColumn,
+  Progress,
+  TextColumn,
+  TimeRemainingColumn,
+  track,
 )
 
 from bpd_jax.data.jsonl import JsonlTask
 from bpd_jax.data.rows import rows_fingerprint, RowsTask
+from bpd_jax.decoding.rescoring import Scoring
 from bpd_jax.environment import describe_device, git_revision, versions
 from bpd_jax.errors import InputError
 from bpd_jax.evaluation.quality import check_metric, describe_quality
@@ -38,7 +39,7 @@ from bpd_jax.evaluation.scoring import load_scoring
 from bpd_jax.evaluation.table import means_over_learned, print_results
 from bpd_jax.evaluation.tuning import split_rows, tune, Tuning
 from bpd_jax.folders import new_folder, write_object
-from bpd_jax.generation import Generator, load, Scoring
+from bpd_jax.generation import Generator, load
 from bpd_jax.launch import read_gin, run
 from bpd_jax.partitioning import Partitioning
 

@@ -21,11 +21,11 @@ from bpd_jax.decoding.cache import cache_length, empty_cache
 from bpd_jax.decoding.drafters.empty import EmptyDrafter
 from bpd_jax.decoding.drafters.heads import HeadsDrafter
 from bpd_jax.decoding.drafters.reference import ReferenceDrafter
-from bpd_jax.decoding.rescoring import Rescorer, RescorerParams, Weights
+from bpd_jax.decoding.rescoring import Rescorer, rescorer_params, RescorerParams, Scoring
 from bpd_jax.decoding.scorers.neural import NeuralScorer
 from bpd_jax.decoding.scorers.reference import ReferenceScorer
 from bpd_jax.decoding.search import SearchSettings
-from bpd_jax.decoding.types import AcceptanceRule, Cache, Drafter, Prompt, Scorer
+from bpd_jax.decoding.types import AcceptanceRule, Cache, Drafter, Prompt
 from bpd_jax.decoding.verify import model_verify
 from bpd_jax.errors import InputError
 from bpd_jax.folders import PathLike
@@ -110,51 +110,6 @@ class DecodeSettings:
           f"{self.method.depth + 1}, one more than the drafter's depth",
       )
     self.search.check(self.depth, self.top_k)
-
-
-@dataclasses.dataclass(frozen=True)
-class Scoring:
-  """A scorer ready to be added to the heads' scores.
-
-  Attributes:
-    scorer: what judges.
-    params: what it reads.
-    weight: how much its log-probabilities count beside the heads', at least 0; one
-      number, or one for each step of the lattice.
-    entropy_power: the weight is multiplied by the entropy of the step's candidates
-      to this power.
-  """
-
-  scorer: Scorer
-  params: Any = ()
-  weight: float | tuple[float, ...] = 1.0
-  entropy_power: float = 0.0
-
-
-def rescorer_params(scoring: Sequence[Scoring], depth: int) -> RescorerParams:
-  """Weights and parameters of scorers, for a lattice of `depth` steps.
-
-  Raises:
-    InputError: for a weight that is negative, isn't finite, or isn't one a step.
-  """
-  by_step = []
-  for number, part in enumerate(scoring):
-    field = f"scoring[{number}].weight"
-    weight = np.asarray(part.weight, np.float32)
-    if weight.ndim and weight.shape[0] < depth:
-      raise InputError(field, f"{weight.shape[0]} numbers", f"one, or {depth}, one a step")
-    if not np.isfinite(weight).all() or (weight < 0).any():
-      raise InputError(field, part.weight, "finite and at least 0")
-    if not np.isfinite(part.entropy_power):
-      raise InputError(f"scoring[{number}].entropy_power", part.entropy_power, "finite")
-    by_step.append(np.broadcast_to(weight[:depth] if weight.ndim else weight, (depth,)))
-  if not by_step:
-    return RescorerParams()
-  powers = np.array([part.entropy_power for part in scoring], np.float32)
-  return RescorerParams(
-      Weights(jnp.asarray(np.stack(by_step)), jnp.asarray(powers)),
-      tuple(part.params for part in scoring),
-  )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,23 +4,23 @@ import jax
 import numpy as np
 import pytest
 from test_rescored_model import (  # noqa: F401
-    all_scoring,
-    arrays,
-    base,
-    CONFIG,
-    greedy,
-    MAX_LENGTH,
-    OPTIONS,
-    random_generator,
-    small,
+  all_scoring,
+  arrays,
+  base,
+  CONFIG,
+  greedy,
+  MAX_LENGTH,
+  OPTIONS,
+  random_generator,
+  small,
 )
 
 from bpd_jax.decoding.accept import ApproximateTopK
+from bpd_jax.decoding.rescoring import Scoring
 from bpd_jax.decoding.scorers.reference import ReferenceScorer
 from bpd_jax.decoding.search import SearchSettings
 from bpd_jax.errors import InputError
 from bpd_jax.evaluation.replay import count_calls, load_recording, record, replay
-from bpd_jax.generation import Scoring
 
 
 @pytest.fixture(scope="module")

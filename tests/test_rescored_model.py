@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from bpd_jax.decoding.loop import empty_step
+from bpd_jax.decoding.rescoring import Scoring
 from bpd_jax.decoding.scorers.cache_ngram import CacheNgramScorer
 from bpd_jax.decoding.scorers.neural import NeuralScorer
 from bpd_jax.decoding.scorers.ngram import ngram_params, NgramScorer
@@ -16,7 +17,7 @@ from bpd_jax.decoding.scorers.reference import ReferenceScorer
 from bpd_jax.decoding.search import SearchSettings
 from bpd_jax.decoding.types import Prompt
 from bpd_jax.errors import InputError
-from bpd_jax.generation import Generator, ModelReader, neural_scoring, Scoring
+from bpd_jax.generation import Generator, ModelReader, neural_scoring
 from bpd_jax.model.config import ModelConfig
 from bpd_jax.model.model import EncoderDecoder, init_params
 from bpd_jax.ngram_lm.backoff import join_sequences

@@ -10,16 +10,17 @@ import jax
 import numpy as np
 import pytest
 from test_rescored_model import (  # noqa: F401
-    arrays,
-    base,
-    CONFIG,
-    greedy,
-    MAX_LENGTH,
-    prompts,
-    SMALL,
+  arrays,
+  base,
+  CONFIG,
+  greedy,
+  MAX_LENGTH,
+  prompts,
+  SMALL,
 )
 
 from bpd_jax.checkpoints import save_model
+from bpd_jax.decoding.rescoring import Scoring
 from bpd_jax.decoding.scorers.ngram import NgramScorer
 from bpd_jax.errors import InputError
 from bpd_jax.evaluate import evaluate
@@ -27,7 +28,7 @@ from bpd_jax.evaluation.replay import count_calls, record
 from bpd_jax.evaluation.run import Method
 from bpd_jax.evaluation.scoring import CacheSource, load_scoring, NeuralSource, NgramSource
 from bpd_jax.evaluation.tuning import split_rows, tune, Tuning
-from bpd_jax.generation import load, Scoring
+from bpd_jax.generation import load
 from bpd_jax.launch import read_gin_files
 from bpd_jax.model.config import ModelConfig
 from bpd_jax.model.model import init_params

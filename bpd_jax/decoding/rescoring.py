@@ -6,14 +6,16 @@ Head 1 isn't in the lattice, so it is never re-scored. Weights are traced: tryin
 others compiles nothing.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import dataclasses
 from typing import Any
 
 from flax import struct
 import jax.numpy as jnp
+import numpy as np
 
 from bpd_jax.decoding.types import Array, Lattice, PathScore, Prompt, Scorer, Step
+from bpd_jax.errors import InputError
 
 # A candidate that is none; finite, so that sums of it stay comparable.
 NEVER = -1e9
@@ -137,3 +139,48 @@ def newest(history: Array, context: int) -> Array:
   """The newest `context` tokens along the last axis; all for -1."""
   length = history.shape[-1]
   return history if context < 0 else history[..., length - min(context, length) :]
+
+
+@dataclasses.dataclass(frozen=True)
+class Scoring:
+  """A scorer ready to be added to the heads' scores.
+
+  Attributes:
+    scorer: what judges.
+    params: what it reads.
+    weight: how much its log-probabilities count beside the heads', at least 0; one
+      number, or one for each step of the lattice.
+    entropy_power: the weight is multiplied by the entropy of the step's candidates
+      to this power.
+  """
+
+  scorer: Scorer
+  params: Any = ()
+  weight: float | tuple[float, ...] = 1.0
+  entropy_power: float = 0.0
+
+
+def rescorer_params(scoring: Sequence[Scoring], depth: int) -> RescorerParams:
+  """Weights and parameters of scorers, for a lattice of `depth` steps.
+
+  Raises:
+    InputError: for a weight that is negative, isn't finite, or isn't one a step.
+  """
+  by_step = []
+  for number, part in enumerate(scoring):
+    field = f"scoring[{number}].weight"
+    weight = np.asarray(part.weight, np.float32)
+    if weight.ndim and weight.shape[0] < depth:
+      raise InputError(field, f"{weight.shape[0]} numbers", f"one, or {depth}, one a step")
+    if not np.isfinite(weight).all() or (weight < 0).any():
+      raise InputError(field, part.weight, "finite and at least 0")
+    if not np.isfinite(part.entropy_power):
+      raise InputError(f"scoring[{number}].entropy_power", part.entropy_power, "finite")
+    by_step.append(np.broadcast_to(weight[:depth] if weight.ndim else weight, (depth,)))
+  if not by_step:
+    return RescorerParams()
+  powers = np.array([part.entropy_power for part in scoring], np.float32)
+  return RescorerParams(
+      Weights(jnp.asarray(np.stack(by_step)), jnp.asarray(powers)),
+      tuple(part.params for part in scoring),
+  )

@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from bpd_jax.decoding.accept import NothingPasses
+from bpd_jax.decoding.rescoring import Scoring
 from bpd_jax.evaluation.replay import Recording, replay
-from bpd_jax.generation import Call, Generation, Generator, Scoring
+from bpd_jax.generation import Call, Generation, Generator
 
 RECALLS = (1, 2, 4, 8, 16)
 # Rows of which all heads' logits are held together.

@@ -21,6 +21,7 @@ from rich.progress import track
 from bpd_jax.decoding import loop
 from bpd_jax.decoding import tree as trees
 from bpd_jax.decoding.accept import ExactMatch, NothingPasses
+from bpd_jax.decoding.rescoring import rescorer_params, Scoring
 from bpd_jax.decoding.types import Cache, Prompt, Tree, Verified
 from bpd_jax.errors import InputError
 from bpd_jax.generation import (
@@ -30,8 +31,6 @@ from bpd_jax.generation import (
     Generator,
     make_drafter,
     read_row,
-    rescorer_params,
-    Scoring,
 )
 from bpd_jax.model.model import EncoderDecoder
 

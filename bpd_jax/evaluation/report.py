@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from bpd_jax.decoding.rescoring import Scoring
 from bpd_jax.decoding.scorers.neural import NeuralScorer
 from bpd_jax.evaluation.analysis import (
     closed_distance,
@@ -28,7 +29,7 @@ from bpd_jax.evaluation.replay import Recording, replay
 from bpd_jax.evaluation.run import Method
 from bpd_jax.evaluation.scoring import is_oracle
 from bpd_jax.evaluation.watch import watch
-from bpd_jax.generation import Call, Generation, Generator, Scoring
+from bpd_jax.generation import Call, Generation, Generator
 from bpd_jax.vocabulary import Vocabulary
 
 # Candidates of a step that a decode shows, besides the one that was chosen.

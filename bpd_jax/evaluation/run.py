@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from rich.progress import Progress
 
+from bpd_jax.decoding.rescoring import Scoring
 from bpd_jax.decoding.search import SearchSettings
 from bpd_jax.decoding.types import Drafter
 from bpd_jax.errors import InputError
@@ -19,7 +20,7 @@ from bpd_jax.evaluation.bootstrap import ratio_interval
 from bpd_jax.evaluation.exactness import check_differences, Difference, find_differences
 from bpd_jax.evaluation.quality import is_looping
 from bpd_jax.evaluation.scoring import describe_source, is_oracle, load_scoring, Source
-from bpd_jax.generation import Generation, Generator, Scoring
+from bpd_jax.generation import Generation, Generator
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,12 +9,13 @@ import dataclasses
 import functools
 from typing import Any
 
+from bpd_jax.decoding.rescoring import Scoring
 from bpd_jax.decoding.scorers.cache_ngram import CacheNgramScorer
 from bpd_jax.decoding.scorers.ngram import ngram_params, NgramParams, NgramScorer
 from bpd_jax.decoding.scorers.no_repeat import NoRepeatScorer
 from bpd_jax.decoding.scorers.reference import ReferenceScorer
 from bpd_jax.errors import InputError
-from bpd_jax.generation import Generator, load, neural_scoring, Scoring
+from bpd_jax.generation import Generator, load, neural_scoring
 from bpd_jax.ngram_lm.arpa import read_arpa
 
 Weight = float | tuple[float, ...]
@@ -27,7 +28,7 @@ class NgramSource:
   Attributes:
     arpa: the file, plain or .gz; its words are the vocabulary's ids.
     order: n to use, at most the file's, which is the default.
-    weight: see `bpd_jax.generation.Scoring`.
+    weight: see `bpd_jax.decoding.rescoring.Scoring`.
     entropy_power: likewise.
   """
 
@@ -54,7 +55,7 @@ class NeuralSource:
   Attributes:
     checkpoint: its model folder.
     sees_input: whether its encoder reads the inputs.
-    weight: see `bpd_jax.generation.Scoring`.
+    weight: see `bpd_jax.decoding.rescoring.Scoring`.
     entropy_power: likewise.
   """
 
@@ -86,7 +87,7 @@ class CacheSource:
     order: n.
     smoothing: see `CacheNgramScorer`.
     sees_input: whether the input is counted too.
-    weight: see `bpd_jax.generation.Scoring`.
+    weight: see `bpd_jax.decoding.rescoring.Scoring`.
     entropy_power: likewise.
   """
 

@@ -9,11 +9,12 @@ from collections.abc import Sequence
 import dataclasses
 import hashlib
 
+from bpd_jax.decoding.rescoring import Scoring
 from bpd_jax.errors import InputError
 from bpd_jax.evaluation.replay import count_calls, Recording
 from bpd_jax.evaluation.run import Method
 from bpd_jax.evaluation.scoring import NoRepeatSource, OracleSource
-from bpd_jax.generation import Generator, Scoring
+from bpd_jax.generation import Generator
 
 PAPER_GRID = (0.1, 0.5, 0.75, 0.9, 1.0, 1.1, 1.5, 2.0, 5.0, 10.0)
 

@@ -16,11 +16,11 @@ import numpy as np
 
 from bpd_jax.decoding.lattice import top_k_lattice
 from bpd_jax.decoding.loop import empty_step
-from bpd_jax.decoding.rescoring import RescorerParams
+from bpd_jax.decoding.rescoring import rescorer_params, RescorerParams, Scoring
 from bpd_jax.decoding.types import Prompt
 from bpd_jax.evaluation.analysis import first_path
 from bpd_jax.evaluation.replay import Recording, replay
-from bpd_jax.generation import Call, Generator, rescorer_params, Scoring
+from bpd_jax.generation import Call, Generator
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,92 @@
+"""The shipped model: small, loadable from a clone, and what the README's commands make of it."""
+
+import importlib.util
+import io
+from pathlib import Path
+
+import gin
+import numpy as np
+import pytest
+from rich.console import Console
+
+import bpd_jax
+from bpd_jax import evaluate, train
+from bpd_jax.data.rows import load_rows
+from bpd_jax.launch import read_gin_files
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "experiments/docstrings"
+PROMPT = "format:\ndef f(a,b=None):{if b is None:{return a};return a+b}"
+
+
+@pytest.fixture(autouse=True)
+def at_root(monkeypatch):
+  monkeypatch.chdir(ROOT)
+  yield
+  gin.clear_config()
+
+
+@pytest.fixture(scope="module")
+def quickstart():
+  spec = importlib.util.spec_from_file_location("quickstart", FOLDER / "quickstart.py")
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+@pytest.fixture(scope="module")
+def model():
+  return bpd_jax.load(FOLDER / "model")
+
+
+def test_it_is_small_and_reads_as_float32(model):
+  size = sum(path.stat().st_size for path in (FOLDER / "model").rglob("*") if path.is_file())
+  assert size < 20e6
+  assert model.config.block_size == 9
+  assert {str(leaf.dtype) for leaf in _leaves(model.params)} == {"float32"}
+  # Rounded to bfloat16: the lower half of every number is 0.
+  kernel = np.asarray(model.params["decoder"]["layers"]["mlp"]["wo"])
+  assert kernel.any() and not (kernel.view(np.uint32) & 0xFFFF).any()
+
+
+def _leaves(tree):
+  return [leaf for part in tree.values()
+          for leaf in (_leaves(part) if isinstance(part, dict) else [part])]
+
+
+def test_it_copies_code_in_blocks_and_says_what_greedy_says(model):
+  prompts = [PROMPT, *(row["inputs"] for row in load_rows("code_format", "test")[:3])]
+  greedy = model.generate(prompts, "greedy", batch_size=4)
+  out = model.generate(prompts, batch_size=4, block_size=8)
+  assert out.texts == greedy.texts
+  assert out.texts[0].startswith("def f(a, b=None):\n    if b is None:")
+  assert out.block_efficiency > 1.5
+
+
+def test_the_quickstart_puts_three_models_into_one_table(quickstart, tmp_path):
+  demo = f"{FOLDER}/demo.gin"
+  read_gin_files([demo], [
+      f"OUTPUT = '{tmp_path / 'out'}'", "MAX_EXAMPLES = 2", "MAX_DECODE_LENGTH = 16",
+      "TASKS = [@code_format/RowsTask(), @grammar/RowsTask()]",
+  ])
+  results = evaluate.evaluate()
+  summary = quickstart.summarise({"new": results, "shipped": results}, {"all": 1.5})
+  assert list(summary["tasks"]) == ["code_format", "grammar"]
+  models = summary["tasks"]["grammar"]["models"]
+  assert models["base"]["block_efficiency"] == 1
+  assert models["new"] == models["shipped"] == results["tasks"]["grammar"]["methods"]["blockwise"]
+  console = Console(file=io.StringIO(), width=160)
+  quickstart.print_summary(summary, console)
+  text = console.file.getvalue()
+  assert "code_format" in text and "shipped heads" in text
+  learned = [task["learned"] for task in results["tasks"].values()]
+  assert text.count("not learned") == learned.count(False)
+
+
+def test_the_quickstarts_commands_can_be_read(quickstart):
+  for module, *options in quickstart.commands().values():
+    gin.clear_config()
+    bindings = [option.removeprefix("--gin.") for option in options if "--gin." in option]
+    files = [option.removeprefix("--gin_file=") for option in options if "--gin_file" in option]
+    read_gin_files(files, bindings)
+    assert module in ("train", "evaluate") and train and evaluate
