@@ -8,6 +8,7 @@ import pytest
 from bpd_jax.data.batches import assemble, Batches, CYCLE, in_order, pack, shares, WINDOW
 from bpd_jax.data.token_cache import TokenCache, write_cache
 from bpd_jax.errors import InputError
+from bpd_jax.training.states import StateBatches
 from bpd_jax.vocabulary import ByteVocabulary
 
 
@@ -235,3 +236,28 @@ def test_nothing_is_left_of_a_cache_that_fails(tmp_path):
   with pytest.raises(InputError, match="no examples"):
     write(tmp_path / "a", [])
   assert not list(tmp_path.iterdir())
+
+
+def test_cached_states_stand_where_their_targets_do_and_rows_may_be_empty():
+  class Stateful(Ragged):
+    def __init__(self):
+      super().__init__(20_000, most=9)
+      self.lengths[:, 0] = 0
+
+    def __getitem__(self, i):
+      return np.zeros([0], np.int32), np.full([self.lengths[i, 1]], i + 10, np.int32)
+
+    def states(self, i):
+      return np.full([self.lengths[i, 1], 4], i + 10, np.float32)
+
+  batches = StateBatches([Stateful()], batch_size=32, target_length=40)
+  empty = 0
+  for step in range(16):
+    batch = batches.batch(step)
+    assert set(batch) == {
+        "hidden", "decoder_input_tokens", "decoder_target_tokens", "decoder_segment_ids"
+    }
+    for feature in range(4):
+      np.testing.assert_array_equal(batch["hidden"][..., feature], batch["decoder_target_tokens"])
+    empty += (batch["decoder_segment_ids"].max(axis=1) == 0).sum()
+  assert empty

@@ -155,14 +155,15 @@ class StateBatches:
   def batch(self, step: int) -> dict[str, np.ndarray]:
     """The rows of a step, from 0 on."""
     arrays = self._batches.batch(step)
-    rows = [
-        np.concatenate([self._batches.datasets[which].states(i) for which, i in row])
-        for row in self._batches.rows(step)
-    ]
+    first = self._batches.datasets[0].states(0)
     shape = arrays["decoder_segment_ids"].shape
-    hidden = np.zeros([*shape, rows[0].shape[-1]], rows[0].dtype)
-    for place, states in enumerate(rows):
-      hidden[place, : len(states)] = states
+    hidden = np.zeros([*shape, first.shape[-1]], first.dtype)
+    for place, row in enumerate(self._batches.rows(step)):
+      start = 0
+      for which, i in row:
+        states = self._batches.datasets[which].states(i)
+        hidden[place, start : start + len(states)] = states
+        start += len(states)
     return {"hidden": hidden} | {
         name: array for name, array in arrays.items() if name.startswith("decoder")
     }
