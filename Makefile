@@ -21,7 +21,7 @@ demo: install
 	rm -rf runs/demo
 	$(BIN)/python -m bpd_jax.evaluate --gin_file=experiments/docstrings/demo.gin
 	$(BIN)/python -m bpd_jax.decode --checkpoint experiments/docstrings/model --show-drafts \
-	  --file experiments/docstrings/prompt.txt
+	  --file experiments/docstrings/prompt.jsonl --field inputs
 
 # Compiling takes one core; the files of the tests share two. Most of their time is
 # compiling programs that run once, so LLVM optimises nothing.

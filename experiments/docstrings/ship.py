@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,9 @@ def main(argv: Sequence[str]) -> None:
   small = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
   # The config stays as it is, so whoever loads the folder computes in float32.
   save_model(target, config, small, vocabulary_path(source), may_replace=True)
+  # Orbax notes where it wrote, for file systems without renaming; nothing reads it here.
+  for note in Path(target).rglob("commit_success.txt"):
+    note.unlink()
   print(describe(config, small))
   print(f"written to  {target}")
 
