@@ -113,5 +113,8 @@ class SeqioStream:
     while True:
       window = [next(examples) for _ in range(WINDOW)]
       lengths = np.array([[len(side) for side in example] for example in window])
-      for row in pack(np.minimum(lengths, self._shape), self._shape, rng):
-        yield [window[i] for i in row]
+      # Room for all: rows beyond those that are needed stay empty.
+      rows = pack(np.minimum(lengths, self._shape), self._shape, WINDOW)
+      for place in rng.permutation(WINDOW):
+        if rows[place]:
+          yield [window[i] for i in rows[place]]
