@@ -5,6 +5,7 @@ import io
 from pathlib import Path
 
 import gin
+import jax
 import numpy as np
 import pytest
 from rich.console import Console
@@ -43,15 +44,10 @@ def test_it_is_small_and_reads_as_float32(model):
   size = sum(path.stat().st_size for path in (FOLDER / "model").rglob("*") if path.is_file())
   assert size < 20e6
   assert model.config.block_size == 9
-  assert {str(leaf.dtype) for leaf in _leaves(model.params)} == {"float32"}
+  assert {str(leaf.dtype) for leaf in jax.tree.leaves(model.params)} == {"float32"}
   # Rounded to bfloat16: the lower half of every number is 0.
   kernel = np.asarray(model.params["decoder"]["layers"]["mlp"]["wo"])
   assert kernel.any() and not (kernel.view(np.uint32) & 0xFFFF).any()
-
-
-def _leaves(tree):
-  return [leaf for part in tree.values()
-          for leaf in (_leaves(part) if isinstance(part, dict) else [part])]
 
 
 def test_it_copies_code_in_blocks_and_says_what_greedy_says(model):

@@ -20,6 +20,8 @@ from bpd_jax.launch import run
 
 KV_LENGTHS = (128, 512, 1024, 2048)
 INPUT_LENGTH = 256
+# Table 3: plain drafts, and those that 2-grams re-scored.
+PAIR = ("blockwise", "ngram2")
 Row = Sequence[str]
 
 
@@ -128,9 +130,6 @@ def tables(
   yield markdown("Entropy by head, nats; up to which head it rises",
                  ["task", "h_max", *map(str, range(1, config.block_size + 1))], heads)
   yield _regression(tasks, analysis)
-
-
-PAIR = ("blockwise", "ngram2")
 
 
 def _percent(value: float | None) -> str:
