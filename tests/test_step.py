@@ -248,6 +248,27 @@ def test_one_random_head_has_the_gradient_of_all_on_average():
   assert largest_difference(mean, everything) < 1e-12
 
 
+def test_parallel_heads_learn_on_positions_that_are_drawn():
+  config = CONFIG.with_dtype("float64")
+  params, batch = random_params(config), random_batch(4)
+  weights, stride = (1.0, 0.7, 0.3), 3
+  _, everything = gradients(config, params, batch, loss=Loss(weights))
+  loss, by_count = Loss(weights, draft_stride=stride), {}
+  for seed in range(40):
+    grads, metrics = gradients(config, params, batch, jax.random.key(seed), loss=loss)
+    halves, _ = gradients(
+        config, params, batch, jax.random.key(seed), loss=loss, num_microbatches=2
+    )
+    assert largest_difference(grads, halves) < 1e-12
+    expected = np.sum(np.array(weights) * metrics["nll"] / metrics["count"])
+    np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-12)
+    by_count[float(metrics["nll"][1])] = metrics
+  assert len(by_count) == stride
+  for name in ("nll", "count"):
+    total = sum(metrics[name] for metrics in by_count.values())
+    np.testing.assert_allclose(total, everything[name] * np.array([stride, 1, 1]), rtol=1e-12)
+
+
 def test_dropout_is_drawn_from_the_key():
   config = CONFIG.replace(dropout_rate=0.3).with_dtype("float64")
   params, batch = random_params(config), random_batch(4)

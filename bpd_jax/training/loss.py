@@ -31,12 +31,16 @@ class Loss:
     one_random_head: whether a step draws one head and trains it alone, in place
       of all, as Stern et al. did: the expected gradient is the same, the heads'
       activations are those of one.
+    draft_stride: parallel heads learn on one position of every so many, drawn each
+      step, and head 1 on all: the expected gradient is the same and the parallel heads
+      take that many times less. Not with `one_random_head`.
   """
 
   head_weights: tuple[float, ...] | None = None
   label_smoothing: float = 0.0
   z_loss: float = 0.0
   one_random_head: bool = False
+  draft_stride: int = 1
 
   def __post_init__(self):
     if self.head_weights is not None:
@@ -45,6 +49,10 @@ class Loss:
       raise InputError("Loss.label_smoothing", self.label_smoothing, "from 0 to below 1")
     if self.z_loss < 0:
       raise InputError("Loss.z_loss", self.z_loss, "0 or more")
+    if self.draft_stride < 1:
+      raise InputError("Loss.draft_stride", self.draft_stride, "a positive integer")
+    if self.draft_stride > 1 and self.one_random_head:
+      raise InputError("Loss.draft_stride", self.draft_stride, "1 with one_random_head")
 
   def weights(self, block_size: int) -> tuple[float, ...]:
     """λ of each head; InputError where they aren't one for each of `block_size`."""

@@ -153,10 +153,15 @@ class Step:
     targets, masks = head_targets(
         batch["decoder_target_tokens"], batch["decoder_segment_ids"], block_size
     )
+    keys = jax.random.split(key)
+    chosen = positions = None
+    if self._loss.draft_stride > 1:
+      length, stride = masks.shape[2], self._loss.draft_stride
+      positions = jax.random.randint(keys[1], [], 0, stride) + jnp.arange(0, length, stride)
+      is_drawn = jnp.zeros([length], bool).at[positions].set(True)
+      masks = masks.at[1:].set(masks[1:] & is_drawn)
     counts = masks.sum(axis=(1, 2), dtype=dtype)
     head_weights = jnp.asarray(self._head_weights, dtype)
-    keys = jax.random.split(key)
-    chosen = None
     if self._loss.one_random_head:
       # In proportion to nothing: what each head weighs is in its λ.
       chosen = jax.random.randint(keys[1], [], 0, block_size)
@@ -175,7 +180,7 @@ class Step:
     grad = jax.value_and_grad(self._part_loss, has_aux=True)
 
     def body(total, part):
-      (loss, sums), grads = grad(trained, frozen, chosen, *part)
+      (loss, sums), grads = grad(trained, frozen, chosen, positions, *part)
       return jax.tree.map(jnp.add, total, (grads, {"loss": loss, **sums})), None
 
     zeros = jnp.zeros([len(counts)], dtype)
@@ -192,20 +197,29 @@ class Step:
       metrics["loss"] = loss
     return grads, metrics
 
-  def _part_loss(self, trained, frozen, chosen, batch, targets, weights, key):
+  def _part_loss(self, trained, frozen, chosen, positions, batch, targets, weights, key):
     """The part of the loss that a microbatch contributes."""
     params = {**trained, **frozen}
     is_training = self._mode == "joint" and self.config.dropout_rate > 0
     hidden = self._hidden(params, batch, key if is_training else None)
+    entropy = lambda states, targets, weights: weighted_cross_entropy(
+        self._project, self._loss, states, self._kernel(params), targets, weights
+    )
+    if positions is not None:
+      # The last position may be past the end; the one read in its place has no weight.
+      at = lambda x, axis: jnp.take(x, positions, axis, mode="clip")
+      drafts = self._read_heads(params, at(hidden, 1))
+      loss, sums = entropy(hidden[None], targets[:1], weights[:1])
+      draft_loss, draft_sums = entropy(drafts, at(targets[1:], 2), at(weights[1:], 2))
+      join = lambda x, y: jnp.concatenate([x, y])
+      return loss + draft_loss, jax.tree.map(join, sums, draft_sums)
     if chosen is None:
       states = self._head_states(params, hidden)
     else:
       # Head 1 reads the state as it is.
       other = self._read_heads(params, hidden, which=jnp.maximum(chosen + 1, 2))
       states = jnp.where(chosen > 0, other, hidden[None])
-    return weighted_cross_entropy(
-        self._project, self._loss, states, self._kernel(params), targets, weights
-    )
+    return entropy(states, targets, weights)
 
   def _sums(self, params, batch):
     targets, masks = head_targets(
