@@ -10,142 +10,32 @@ import dataclasses
 import time
 from typing import Any
 
-from flax import struct
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from bpd_jax.checkpoints import load_model
 from bpd_jax.decoding import accept, loop
-from bpd_jax.decoding.cache import cache_length, empty_cache
-from bpd_jax.decoding.drafters.empty import EmptyDrafter
-from bpd_jax.decoding.drafters.heads import HeadsDrafter
-from bpd_jax.decoding.drafters.reference import ReferenceDrafter
-from bpd_jax.decoding.rescoring import Rescorer, rescorer_params, RescorerParams, Scoring
-from bpd_jax.decoding.scorers.neural import NeuralScorer
+from bpd_jax.decoding.rescoring import Rescorer, rescorer_params, Scoring
 from bpd_jax.decoding.scorers.reference import ReferenceScorer
 from bpd_jax.decoding.search import SearchSettings
-from bpd_jax.decoding.types import AcceptanceRule, Cache, Drafter, Prompt
-from bpd_jax.decoding.verify import model_verify
+from bpd_jax.decoding.types import AcceptanceRule, Drafter, Prompt
 from bpd_jax.errors import InputError
 from bpd_jax.folders import PathLike
 from bpd_jax.model.config import ModelConfig
-from bpd_jax.model.model import decode_view, EncoderDecoder
+from bpd_jax.model.model import EncoderDecoder
 from bpd_jax.partitioning import Partitioning, single_device
+from bpd_jax.programs import (
+    check_settings,
+    DECODE,
+    DecodeSettings,
+    num_compilations,
+    PREFILL,
+    START,
+    VIEW,
+)
 from bpd_jax.vocabulary import load_vocabulary, Vocabulary
 
-METHODS = ("greedy", "blockwise", "reference")
 INPUT_BUCKETS = (32, 64, 128, 256, 512, 1024, 2048)
-
-
-@struct.dataclass
-class Context:
-  """What every decoder call reads of the prompts.
-
-  Attributes:
-    cross: a pair a decoder layer, keys [batch, heads, d_kv, input length] and
-      values [batch, heads, input length, d_kv].
-    mask: [batch, input length] bool, which input tokens count.
-  """
-
-  cross: tuple[tuple[jax.Array, jax.Array], ...]
-  mask: jax.Array
-
-
-@dataclasses.dataclass(frozen=True)
-class DecodeSettings:
-  """What is fixed when a decode loop is compiled.
-
-  Attributes:
-    method: one of `METHODS`, or a drafter, which is hashable.
-    block_size: h, tokens a call can emit at most.
-    verify_width: tokens a call verifies along a path, root included, at most h.
-    max_length: tokens the output buffers hold.
-    rule: which drafted tokens pass.
-    top_k: candidates that each head offers.
-    search: which paths through them are verified.
-    rescorer: what else than the heads' scores a path is worth.
-  """
-
-  method: str | Drafter
-  block_size: int
-  verify_width: int
-  max_length: int
-  rule: AcceptanceRule = accept.ExactMatch()
-  top_k: int = 1
-  search: SearchSettings = SearchSettings()
-  rescorer: Rescorer = Rescorer()
-
-  @property
-  def depth(self) -> int:
-    """Steps of the lattice."""
-    return self.verify_width - 1
-
-  @property
-  def num_nodes(self) -> int:
-    """Nodes a call verifies."""
-    return self.search.nodes(self.depth)
-
-  def __post_init__(self):
-    is_named = isinstance(self.method, str)
-    if self.method not in METHODS if is_named else not hasattr(self.method, "propose"):
-      raise InputError("method", self.method, f"one of {METHODS}, or a drafter")
-    if self.block_size < 1:
-      raise InputError("block_size", self.block_size, "a positive integer")
-    if self.method == "greedy" and self.block_size > 1:
-      raise InputError("block_size", self.block_size, "1 for method 'greedy', which drafts nothing")
-    if not 1 <= self.verify_width <= self.block_size:
-      raise InputError(
-          "verify_width", self.verify_width, f"1 … {self.block_size}, the block size"
-      )
-    if self.max_length < 1:
-      raise InputError("max_length", self.max_length, "a positive integer")
-    if self.top_k < 1:
-      raise InputError("top_k", self.top_k, "a positive integer")
-    if self.method in METHODS and self.method != "blockwise" and self.top_k > 1:
-      raise InputError("top_k", self.top_k, f"1 for method {self.method!r}, which has one draft")
-    if not is_named and self.verify_width != self.method.depth + 1:
-      raise InputError(
-          "verify_width", self.verify_width,
-          f"{self.method.depth + 1}, one more than the drafter's depth",
-      )
-    self.search.check(self.depth, self.top_k)
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelReader:
-  """A model as the language model of a `NeuralScorer`; its parameters are a decode view.
-
-  Attributes:
-    model: with `is_view`.
-    sees_input: whether its encoder reads the row's input; else it reads an EOS alone.
-  """
-
-  model: EncoderDecoder
-  sees_input: bool = True
-
-  def start(
-      self, view: Any, prompt: Prompt, max_length: int
-  ) -> tuple[Context, Cache, jax.Array]:
-    batch = prompt.tokens.shape[0]
-    tokens, lengths = prompt.tokens, prompt.lengths
-    if not self.sees_input:
-      tokens = jnp.full([batch, 1], self.model.config.eos_id, jnp.int32)
-      lengths = jnp.ones([batch], jnp.int32)
-    # The start token takes a slot, and a block is written whole.
-    cache = make_cache(self.model, batch, cache_length(max_length, max_length))
-    start = jnp.full([batch], self.model.config.pad_id, jnp.int32)
-    return prefill(self.model, view, tokens, lengths), cache, start
-
-  def read(self, view: Any, context: Context, cache: Cache, tokens, depth, visible):
-    hidden, keys, values, _ = self.model.apply(
-        {"params": view}, tokens, depth, visible, tuple(zip(cache.keys, cache.values)),
-        cache.lengths, context.cross, context.mask, method="decode_block",
-    )
-    return hidden, keys, values
-
-  def logits(self, view: Any, hidden: jax.Array) -> jax.Array:
-    return self.model.apply({"params": view}, hidden, method="logits")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,154 +105,6 @@ class Generation:
     return sum(map(len, self.tokens)) / max(sum(self.calls), 1)
 
 
-def check_settings(config: ModelConfig, settings: DecodeSettings) -> None:
-  """Raises InputError where a model can't decode with these settings."""
-  if settings.method == "blockwise" and settings.block_size > config.block_size:
-    raise InputError(
-        "block_size", settings.block_size, f"1 … {config.block_size}, the model's heads"
-    )
-  if settings.top_k > config.vocab_size:
-    raise InputError("top_k", settings.top_k, f"at most {config.vocab_size}, the vocabulary")
-
-
-def make_drafter(model: EncoderDecoder, settings: DecodeSettings) -> Drafter:
-  """The drafter of a method; its parameters are the model's decode view."""
-  depth = settings.depth
-  if not isinstance(settings.method, str):
-    return settings.method
-  if settings.method == "greedy" or depth == 0:
-    return EmptyDrafter()
-  if settings.method == "reference":
-    return ReferenceDrafter(depth)
-
-  def read_logits(view, step, depth):
-    return model.apply({"params": view}, step.hidden, depth, method="head_logits")
-
-  return HeadsDrafter(depth, read_logits, settings.top_k)
-
-
-def prefill(model: EncoderDecoder, view: Any, tokens: jax.Array, lengths: jax.Array) -> Context:
-  """Runs the encoder.
-
-  Args:
-    model: with `is_view`.
-    view: its parameters.
-    tokens: [batch, input length] int32.
-    lengths: [batch] int32.
-  """
-  mask = jnp.arange(tokens.shape[1]) < lengths[:, None]
-  encoded = model.apply({"params": view}, tokens, mask, method="encode")
-  cross = model.apply({"params": view}, encoded, method="cross_keys_values")
-  return Context(cross=cross, mask=mask)
-
-
-def make_cache(model: EncoderDecoder, batch: int, length: int) -> Cache:
-  """An empty cache for a model, where its mesh wants it."""
-  config = model.config
-  cache = empty_cache(
-      config.num_decoder_layers, batch, config.num_heads, length, config.d_kv, config.dtype
-  )
-  place = lambda leaves, *names: tuple(
-      model.partitioning.constrain(leaf, ("batch", "heads", *names)) for leaf in leaves
-  )
-  return cache.replace(
-      keys=place(cache.keys, "kv", "length"), values=place(cache.values, "length", "kv")
-  )
-
-
-def start_state(
-    model: EncoderDecoder,
-    settings: DecodeSettings,
-    limits: jax.Array,
-    prompt: Prompt | None,
-    key: jax.Array,
-    params: RescorerParams = RescorerParams(),
-) -> loop.DecodeState:
-  """The loop's state before the first call; [batch] limits, 0 for dead rows.
-
-  `prompt` may be None where neither drafter nor scorers read it.
-  """
-  config, depth = model.config, settings.depth
-  drafter = make_drafter(model, settings)
-  cache = make_cache(model, limits.shape[0], cache_length(settings.max_length, depth))
-  hidden = jnp.zeros([limits.shape[0], config.d_model], config.dtype)
-  return loop.initial_state(
-      cache,
-      loop.empty_step(hidden, depth),
-      drafter.init(None, prompt),
-      settings.rescorer.init(params, prompt),
-      limits=limits,
-      start_id=config.pad_id,
-      max_length=settings.max_length,
-      num_nodes=settings.num_nodes,
-      key=key,
-  )
-
-
-def decode_batch(
-    model: EncoderDecoder,
-    settings: DecodeSettings,
-    view: Any,
-    context: Context,
-    state: loop.DecodeState,
-    params: RescorerParams = RescorerParams(),
-) -> loop.DecodeState:
-  """Decodes a batch to its end; jit it with `state` donated."""
-
-  def block_call(tokens, depth, visible, past, lengths):
-    return model.apply(
-        {"params": view}, tokens, depth, visible, past, lengths, context.cross, context.mask,
-        method="decode_block",
-    )
-
-  verify = model_verify(
-      block_call,
-      lambda hidden: model.apply({"params": view}, hidden, method="logits"),
-      keeps_logits=settings.rule.reads_logits,
-  )
-  return loop.decode(
-      verify,
-      make_drafter(model, settings),
-      view,
-      state,
-      search=settings.search.make(settings.depth),
-      rescorer=settings.rescorer,
-      rescorer_params=params,
-      rule=settings.rule,
-      eos_id=model.config.eos_id,
-  )
-
-
-# One cache of compiled programs for all models of the process: models of one
-# config and mesh share them.
-_VIEW = jax.jit(decode_view, static_argnums=0)
-_PREFILL = jax.jit(prefill, static_argnums=0)
-_START = jax.jit(start_state, static_argnums=(0, 1))
-_DECODE = jax.jit(decode_batch, static_argnums=(0, 1), donate_argnums=4)
-
-
-def num_compilations() -> int:
-  """Programs compiled for decoding by this process: encoders, starts and loops."""
-  return sum(program._cache_size() for program in (_PREFILL, _START, _DECODE))
-
-
-def neural_scoring(
-    generator: "Generator", weight: float | tuple[float, ...] = 1.0, *,
-    max_length: int = 128, sees_input: bool = True, entropy_power: float = 0.0,
-) -> Scoring:
-  """A small model of the same vocabulary as a scorer.
-
-  Args:
-    generator: the small model.
-    weight: see `Scoring`.
-    max_length: most tokens of an output, at least that of the decoding it is for.
-    sees_input: whether its encoder reads the inputs.
-    entropy_power: see `Scoring`.
-  """
-  scorer = NeuralScorer(ModelReader(generator.model, sees_input), max_length)
-  return Scoring(scorer, generator.view, weight, entropy_power)
-
-
 class Generator:
   """A model ready to decode.
 
@@ -394,7 +136,7 @@ class Generator:
   def view(self) -> Any:
     """The parameters as decoding reads them, made once."""
     if self._view is None:
-      self._view = jax.block_until_ready(_VIEW(self.config, self.params))
+      self._view = jax.block_until_ready(VIEW(self.config, self.params))
     return self._view
 
   @property
@@ -579,14 +321,14 @@ class Generator:
         known[slot, : len(reference)] = reference
     place = lambda x, *names: jax.device_put(x, self.partitioning.sharding(names))
     tokens, lengths = place(tokens, "batch", "length"), place(lengths, "batch")
-    context = _PREFILL(self.model, self.view, tokens, lengths)
+    context = PREFILL(self.model, self.view, tokens, lengths)
     prompt = None
     # Where nothing reads it, a start doesn't depend on the inputs' length.
-    if known is not None or settings.rescorer.scorers or not isinstance(settings.method, str):
+    if known is not None or settings.rescorer.scorers or settings.own_drafter is not None:
       known = None if known is None else place(known, "batch", "length")
       prompt = Prompt(tokens, lengths, known)
-    state = _START(self.model, settings, place(row_limits, "batch"), prompt, key, params)
-    state = _DECODE(self.model, settings, self.view, context, state, params)
+    state = START(self.model, settings, place(row_limits, "batch"), prompt, key, params)
+    state = DECODE(self.model, settings, self.view, context, state, params)
     return fetch_state(state)
 
 

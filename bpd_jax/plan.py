@@ -28,11 +28,11 @@ from rich.table import Table
 
 from bpd_jax.errors import InputError
 from bpd_jax.evaluation.cost import call_cost
-from bpd_jax.generation import decode_batch, DecodeSettings, prefill, start_state
 from bpd_jax.launch import read_gin, run
 from bpd_jax.model.config import ModelConfig
 from bpd_jax.model.model import abstract_params, decode_view, EncoderDecoder
 from bpd_jax.partitioning import make_partitioning, Partitioning
+from bpd_jax.programs import decode_batch, DecodeSettings, prefill, start_state
 from bpd_jax.training.optimizer import Optimizer
 from bpd_jax.training.step import Step
 

@@ -15,11 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bpd_jax import generation
-from bpd_jax.generation import DecodeSettings, Generator
+from bpd_jax import programs
+from bpd_jax.generation import Generator
 from bpd_jax.model.config import ModelConfig
 from bpd_jax.model.model import abstract_params, decode_view, EncoderDecoder, init_params
 from bpd_jax.partitioning import single_device
+from bpd_jax.programs import DecodeSettings
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ModelConfig(
@@ -37,12 +38,12 @@ def compiled_loop(config, width, batch):
   view = jax.eval_shape(functools.partial(decode_view, config), abstract_params(config, place))
   tokens = jax.ShapeDtypeStruct([batch, 64], jnp.int32)
   lengths = jax.ShapeDtypeStruct([batch], jnp.int32)
-  context = jax.eval_shape(functools.partial(generation.prefill, model), view, tokens, lengths)
+  context = jax.eval_shape(functools.partial(programs.prefill, model), view, tokens, lengths)
   state = jax.eval_shape(
-      functools.partial(generation.start_state, model, settings), lengths, None,
+      functools.partial(programs.start_state, model, settings), lengths, None,
       jax.random.key(0),
   )
-  return generation._DECODE.lower(model, settings, view, context, state).compile()
+  return programs.DECODE.lower(model, settings, view, context, state).compile()
 
 
 def count_ops(hlo, shape):
@@ -105,8 +106,9 @@ import jax
 jax.config.update("jax_enable_x64", True)
 import numpy as np
 from bpd_jax.errors import InputError
-from bpd_jax import generation
-from bpd_jax.generation import DecodeSettings, Generator
+from bpd_jax import programs
+from bpd_jax.generation import Generator
+from bpd_jax.programs import DecodeSettings
 from bpd_jax.model.config import ModelConfig
 from bpd_jax.model.model import abstract_params, decode_view, init_params
 from bpd_jax.partitioning import make_partitioning, single_device
@@ -138,16 +140,16 @@ out["distinct"] = len({tuple(row) for row in greedy.tokens})
 
 # The loop as it runs, from arguments that lie where `generate` puts them.
 put = lambda x, *names: jax.device_put(x, mesh.sharding(names))
-context = generation._PREFILL(
+context = programs.PREFILL(
     many.model, many.view, put(np.ones([8, 32], np.int32), "batch", "length"),
     put(np.full([8], 32, np.int32), "batch"))
 limits = put(np.full([8], here.MAX_LENGTH, np.int32), "batch")
 moves = r" (all-gather|all-reduce|all-to-all|collective-\w+|reduce-scatter)(-start)?[(]"
 for method, width in (("greedy", 1), ("blockwise", 8)):
   settings = DecodeSettings(method, width, width, here.MAX_LENGTH)
-  state = generation._START(many.model, settings, limits, None, jax.random.key(0))
+  state = programs.START(many.model, settings, limits, None, jax.random.key(0))
   cache = state.cache.values[0]
-  hlo = generation._DECODE.lower(many.model, settings, many.view, context, state)
+  hlo = programs.DECODE.lower(many.model, settings, many.view, context, state)
   hlo = hlo.compile().as_text()
   lines = [line for line in hlo.splitlines() if re.search(moves, line)]
   # Slots are a number that no other axis has, so every form of a cache has it.

@@ -23,11 +23,12 @@ from bpd_jax.evaluate import evaluate, main
 from bpd_jax.evaluation.quality import edit_similarity, exact_match, rouge_l
 from bpd_jax.evaluation.run import describe_generation, Method
 from bpd_jax.evaluation.table import means_over_learned, print_results
-from bpd_jax.generation import Call, Generation, load, num_compilations
+from bpd_jax.generation import Call, Generation, load
 from bpd_jax.launch import read_gin_files, run
 from bpd_jax.model.config import ModelConfig
 from bpd_jax.model.model import init_params
 from bpd_jax.partitioning import single_device
+from bpd_jax.programs import num_compilations
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ModelConfig(

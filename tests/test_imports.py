@@ -27,7 +27,9 @@ FLOORS = {
     "bpd_jax.training": 2,
     "bpd_jax.decoding": 2,
     "bpd_jax.interchange": 2,
+    "bpd_jax.programs": 2.5,
     "bpd_jax.generation": 2.5,
+    "bpd_jax.small_model": 2.5,
     "bpd_jax.distillation": 3,
     "bpd_jax.evaluation": 3,
     "bpd_jax.launch": 4,
@@ -50,6 +52,7 @@ NEVER = {
     "bpd_jax.ngram_lm": (
         "bpd_jax.model", "bpd_jax.decoding", "bpd_jax.data", "gin", "tensorflow", "seqio"),
     "bpd_jax.generation": ("gin", "tensorflow", "seqio"),
+    "bpd_jax.programs": ("gin", "tensorflow", "seqio"),
     "bpd_jax.training": ("gin", "tensorflow", "seqio"),
     "bpd_jax.ngram": ("tensorflow", "seqio"),
     "bpd_jax.train": ("tensorflow", "seqio"),

@@ -17,13 +17,14 @@ from bpd_jax.decoding.scorers.reference import ReferenceScorer
 from bpd_jax.decoding.search import SearchSettings
 from bpd_jax.decoding.types import Prompt
 from bpd_jax.errors import InputError
-from bpd_jax.generation import Generator, ModelReader, neural_scoring
+from bpd_jax.generation import Generator
 from bpd_jax.model.config import ModelConfig
 from bpd_jax.model.model import EncoderDecoder, init_params
 from bpd_jax.ngram_lm.backoff import join_sequences
 from bpd_jax.ngram_lm.counts import count_grams
 from bpd_jax.ngram_lm.smoothing import kneser_ney
 from bpd_jax.partitioning import single_device
+from bpd_jax.small_model import ModelReader, neural_scoring
 
 VOCAB, H, MAX_LENGTH = 24, 5, 20
 CONFIG = ModelConfig(

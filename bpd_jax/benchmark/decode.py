@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from bpd_jax import generation
+from bpd_jax import programs
 from bpd_jax.benchmark.engines import (
     missing_packages,
     PACKAGES,
@@ -40,11 +40,11 @@ from bpd_jax.benchmark.engines import (
 )
 from bpd_jax.decoding.types import Prompt
 from bpd_jax.errors import InputError
-from bpd_jax.generation import DecodeSettings
 from bpd_jax.interchange.huggingface import export_model
 from bpd_jax.model.config import ModelConfig
 from bpd_jax.model.model import decode_view, EncoderDecoder, init_params
 from bpd_jax.partitioning import single_device
+from bpd_jax.programs import DecodeSettings
 
 BLOCK_SIZE = 8
 # Calls that a timing of one width makes.
@@ -109,13 +109,13 @@ class Decoder:
         jax.jit(functools.partial(decode_view, config))(params)
     )
     model = EncoderDecoder(config, single_device(), is_view=True)
-    self._prefill = jax.jit(functools.partial(generation.prefill, model))
-    self._start = jax.jit(functools.partial(generation.start_state, model), static_argnums=0)
+    self._prefill = jax.jit(functools.partial(programs.prefill, model))
+    self._start = jax.jit(functools.partial(programs.start_state, model), static_argnums=0)
     self._decode = jax.jit(
-        functools.partial(generation.decode_batch, model), static_argnums=0, donate_argnums=3
+        functools.partial(programs.decode_batch, model), static_argnums=0, donate_argnums=3
     )
 
-  def prefill(self, inputs: np.ndarray) -> tuple[generation.Context, float]:
+  def prefill(self, inputs: np.ndarray) -> tuple[programs.Context, float]:
     """Runs the encoder over [batch, input length]; the context and seconds."""
     lengths = np.full([inputs.shape[0]], inputs.shape[1], np.int32)
     began = time.perf_counter()
@@ -123,14 +123,14 @@ class Decoder:
     return context, time.perf_counter() - began
 
   def loop(
-      self, context: generation.Context, method: str, width: int, num_tokens: int,
+      self, context: programs.Context, method: str, width: int, num_tokens: int,
       references: np.ndarray | None = None,
   ) -> tuple[np.ndarray, int, float]:
     """Decodes to `num_tokens` tokens a row in buffers of the output length.
 
     Args:
       context: from `prefill`.
-      method: one of `generation.METHODS`.
+      method: one of `programs.METHODS`.
       width: nodes of a call.
       num_tokens: limit of every row.
       references: [batch, n] int32 for the method "reference".

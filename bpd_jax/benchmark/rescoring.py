@@ -27,13 +27,13 @@ from bpd_jax.decoding.scorers.ngram import ngram_params, NgramParams, NgramScore
 from bpd_jax.decoding.search import best_paths, merge_paths
 from bpd_jax.decoding.types import Lattice
 from bpd_jax.errors import InputError
-from bpd_jax.generation import make_cache, prefill
 from bpd_jax.model.config import ModelConfig
 from bpd_jax.model.model import decode_view, EncoderDecoder, init_params
 from bpd_jax.ngram_lm.backoff import BackOff, join_sequences
 from bpd_jax.ngram_lm.counts import count_grams
 from bpd_jax.ngram_lm.smoothing import kneser_ney
 from bpd_jax.partitioning import single_device
+from bpd_jax.programs import make_cache, prefill
 from bpd_jax.vocabulary import SentencePieceVocabulary
 
 WEIGHT = 0.5

@@ -24,15 +24,9 @@ from bpd_jax.decoding.accept import ExactMatch, NothingPasses
 from bpd_jax.decoding.rescoring import rescorer_params, Scoring
 from bpd_jax.decoding.types import Cache, Prompt, Tree, Verified
 from bpd_jax.errors import InputError
-from bpd_jax.generation import (
-    DecodeSettings,
-    fetch_state,
-    Generation,
-    Generator,
-    make_drafter,
-    read_row,
-)
+from bpd_jax.generation import fetch_state, Generation, Generator, read_row
 from bpd_jax.model.model import EncoderDecoder
+from bpd_jax.programs import DecodeSettings, make_drafter
 
 # Rows of a teacher-forced pass.
 RECORD_ROWS = 16

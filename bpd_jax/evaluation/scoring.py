@@ -15,8 +15,9 @@ from bpd_jax.decoding.scorers.ngram import ngram_params, NgramParams, NgramScore
 from bpd_jax.decoding.scorers.no_repeat import NoRepeatScorer
 from bpd_jax.decoding.scorers.reference import ReferenceScorer
 from bpd_jax.errors import InputError
-from bpd_jax.generation import Generator, load, neural_scoring
+from bpd_jax.generation import Generator, load
 from bpd_jax.ngram_lm.arpa import read_arpa
+from bpd_jax.small_model import neural_scoring
 
 Weight = float | tuple[float, ...]
 
