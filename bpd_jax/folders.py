@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all, and the JSON objects in them."""
+"""Folders and files that appear whole or not at all, and the JSON objects in them."""
 
 from collections.abc import Iterator
 import contextlib
@@ -63,6 +63,29 @@ def new_folder(folder: PathLike, *, may_replace: bool = False) -> Iterator[Path]
     if is_first:
       shutil.rmtree(partial, ignore_errors=True)
     raise
+
+
+@contextlib.contextmanager
+def new_file(path: PathLike) -> Iterator[Path]:
+  """A file that appears at its path, in place of what is there, when the block has ended well.
+
+  Yields a hidden sibling to write, which is renamed at the end, or removed where the
+  block raises.
+  """
+  path = Path(path)
+  partial = partial_file(path)
+  try:
+    yield partial
+    partial.replace(path)
+  except BaseException:
+    with contextlib.suppress(OSError):
+      partial.unlink()
+    raise
+
+
+def partial_file(path: Path) -> Path:
+  """Where `new_file` writes; it stays there where the process is killed."""
+  return path.with_name(f".{path.name}.partial")
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from rich.table import Table
 
 from bpd_jax.data.rows import MAX_INPUT_TOKENS, MAX_TARGET_TOKENS, VOCABULARY_FILE
 from bpd_jax.errors import check_count, InputError
+from bpd_jax.folders import new_file
 from bpd_jax.launch import run
 from bpd_jax.vocabulary import (
   BYTES_FILE,
@@ -184,18 +185,14 @@ def write_rows(
   if os.path.lexists(to):
     raise InputError("to", to, "a path where nothing is yet")
   count = 0
-  partial = f"{to}.partial"
   try:
-    with open(partial, "w", encoding="utf-8") as file:
+    with new_file(to) as partial, open(partial, "w", encoding="utf-8") as file:
       for _, _, prompt, reference in random_examples(task, split, num_examples, **options):
         row = {"inputs": prompt, "targets": reference}
         file.write(json.dumps(row, ensure_ascii=False) + "\n")
         count += 1
-    os.replace(partial, to)
   except OSError as error:
     raise InputError("to", to, f"a path that can be written ({error.strerror})") from error
-  finally:
-    Path(partial).unlink(missing_ok=True)
   print(f"{to}: {count:,} rows of {task}.{split}")
 
 

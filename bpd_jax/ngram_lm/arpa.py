@@ -18,7 +18,7 @@ import zlib
 import numpy as np
 
 from bpd_jax.errors import InputError
-from bpd_jax.folders import PathLike, read_object, write_object
+from bpd_jax.folders import new_file, PathLike, read_object, write_object
 from bpd_jax.ngram_lm.backoff import BackOff, gram_tokens, LOG_ZERO, sorted_grams, unigrams
 from bpd_jax.ngram_lm.counts import MAX_ORDER
 
@@ -54,41 +54,36 @@ def write_arpa(
     InputError: where the file can't be written.
   """
   path = Path(path)
-  partial = path.with_name(f".{path.name}.partial")
   words = [str(i) for i in range(model.vocab_size)]
   words[model.start_id], words[model.eos_id] = START, EOS
   is_zipped = path.suffix == ".gz"
   try:
-    with (
-        gzip.open(partial, "wt", compresslevel=5, encoding="utf-8") if is_zipped
-        else open(partial, "w", encoding="utf-8")
-    ) as file:
-      file.write("\\data\\\n")
-      for n, num in enumerate(model.num_grams, start=1):
-        file.write(f"ngram {n}={num + (n == 1)}\n")
-      for n in range(1, model.order + 1):
-        say(f"writing {n}-grams")
-        file.write(f"\n\\{n}-grams:\n")
-        if n == 1:
-          weight = "" if model.order == 1 else "\t0"
-          file.write(f"{LOG_ZERO / math.log(10):.8g}\t{UNKNOWN}{weight}\n")
-        for begin in range(0, model.num_grams[n - 1], CHUNK):
-          file.writelines(_lines(model, n, slice(begin, begin + CHUNK), words))
-      file.write("\n\\end\\\n")
-    own = {
-        "order": model.order,
-        "num_grams": model.num_grams,
-        "vocab_size": model.vocab_size,
-        "start_id": model.start_id,
-        "eos_id": model.eos_id,
-    }
-    write_object(info_path(path), {**own, **about, **own})
-    partial.rename(path)
-  except BaseException as error:
-    with contextlib.suppress(OSError):
-      partial.unlink()
-    if not isinstance(error, OSError):
-      raise
+    with new_file(path) as partial:
+      with (
+          gzip.open(partial, "wt", compresslevel=5, encoding="utf-8") if is_zipped
+          else open(partial, "w", encoding="utf-8")
+      ) as file:
+        file.write("\\data\\\n")
+        for n, num in enumerate(model.num_grams, start=1):
+          file.write(f"ngram {n}={num + (n == 1)}\n")
+        for n in range(1, model.order + 1):
+          say(f"writing {n}-grams")
+          file.write(f"\n\\{n}-grams:\n")
+          if n == 1:
+            weight = "" if model.order == 1 else "\t0"
+            file.write(f"{LOG_ZERO / math.log(10):.8g}\t{UNKNOWN}{weight}\n")
+          for begin in range(0, model.num_grams[n - 1], CHUNK):
+            file.writelines(_lines(model, n, slice(begin, begin + CHUNK), words))
+        file.write("\n\\end\\\n")
+      own = {
+          "order": model.order,
+          "num_grams": model.num_grams,
+          "vocab_size": model.vocab_size,
+          "start_id": model.start_id,
+          "eos_id": model.eos_id,
+      }
+      write_object(info_path(path), {**own, **about, **own})
+  except OSError as error:
     raise InputError(
         "file", str(path), f"a path that can be written ({error.strerror})"
     ) from error

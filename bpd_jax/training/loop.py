@@ -21,14 +21,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from bpd_jax.errors import check_count, InputError
-from bpd_jax.folders import read_object, write_object
+from bpd_jax.folders import new_file, partial_file, read_object, write_object
 from bpd_jax.training.checkpointing import Checkpoints
 from bpd_jax.training.loss import head_losses
 from bpd_jax.training.metrics import Display, MetricWriter, read_metrics
 from bpd_jax.training.step import place_batch, Step, TrainState
 
 RUN_FILE = "run.json"
-PARTIAL_FILE = f".{RUN_FILE}.partial"
 LOCK_FILE = ".lock"
 # Names of training's figures begin with it; the others are an evaluation's.
 TRAIN = "train/"
@@ -121,6 +120,7 @@ def open_run(workdir: str | os.PathLike, identity: Mapping[str, Any]) -> Iterato
     return
   folder = Path(workdir)
   is_new, has_begun = not os.path.lexists(folder), (folder / RUN_FILE).is_file()
+  begun = {LOCK_FILE, partial_file(folder / RUN_FILE).name}
   if has_begun:
     found, wanted = _flat(read_object(folder / RUN_FILE)), _flat(identity)
     for name in sorted(found.keys() | wanted.keys()):
@@ -129,7 +129,7 @@ def open_run(workdir: str | os.PathLike, identity: Mapping[str, Any]) -> Iterato
             f"workdir {folder} {name}", wanted.get(name),
             f"{found.get(name)!r}, of the run that the folder holds",
         )
-  elif not is_new and (not folder.is_dir() or {*os.listdir(folder)} - {LOCK_FILE, PARTIAL_FILE}):
+  elif not is_new and (not folder.is_dir() or {*os.listdir(folder)} - begun):
     raise InputError("workdir", str(folder), f"a new folder, or one with a {RUN_FILE}")
   try:
     folder.mkdir(parents=True, exist_ok=True)
@@ -147,10 +147,11 @@ def open_run(workdir: str | os.PathLike, identity: Mapping[str, Any]) -> Iterato
       yield has_begun
     finally:
       if not (folder / RUN_FILE).is_file():
-        for name in (LOCK_FILE, PARTIAL_FILE):
+        for name in begun:
           (folder / name).unlink(missing_ok=True)
         if is_new:
-          folder.rmdir()
+          with contextlib.suppress(OSError):  # Somebody else may have written there.
+            folder.rmdir()
 
 
 def claim_run(workdir: str | os.PathLike, identity: Mapping[str, Any]) -> None:
@@ -158,10 +159,9 @@ def claim_run(workdir: str | os.PathLike, identity: Mapping[str, Any]) -> None:
   path = Path(workdir) / RUN_FILE
   if jax.process_index() > 0 or path.is_file():
     return
-  partial = path.with_name(PARTIAL_FILE)
   try:
-    write_object(partial, dict(identity))
-    partial.rename(path)
+    with new_file(path) as partial:
+      write_object(partial, dict(identity))
   except OSError as error:
     raise _unwritable(path.parent, error) from error
 

@@ -23,6 +23,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
 from bpd_jax.errors import InputError
+from bpd_jax.folders import new_file
 
 JSONL_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
@@ -51,9 +52,8 @@ class MetricWriter:
     try:
       lines = [json.dumps(line) + "\n" for line in read_metrics(workdir, step)]
       # A run that is killed here still has what was there.
-      partial = self._path.with_name(f".{JSONL_FILE}.partial")
-      partial.write_text("".join(lines), encoding="utf-8")
-      partial.replace(self._path)
+      with new_file(self._path) as partial:
+        partial.write_text("".join(lines), encoding="utf-8")
       folder.mkdir(exist_ok=True)
       # Not SummaryWriter, whose thread ends at a full disk, whereupon adding blocks for ever.
       self._events = EventsWriter(os.fspath(folder / "events"), f".{step}")
