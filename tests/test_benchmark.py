@@ -24,6 +24,10 @@ OPTIONS = Options(
 )
 
 
+# Each engine starts in a process of its own, and PyTorch in most.
+SLOW = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def records():
   pytest.importorskip("torch")
@@ -35,6 +39,7 @@ def records():
   return records
 
 
+@SLOW
 def test_every_engine_makes_every_token(records):
   assert [record["batch_size"] for record in records] == [1, 3]
   for record in records:
@@ -52,6 +57,7 @@ def test_every_engine_makes_every_token(records):
   json.dumps(records)
 
 
+@SLOW
 def test_calls_cover_the_widths_and_heads(records):
   for record in records:
     assert [call["width"] for call in record["calls"]] == [1, 4, 8, 12]
@@ -60,6 +66,7 @@ def test_calls_cover_the_widths_and_heads(records):
       assert len(call["milliseconds"]) == len(call["blockwise_milliseconds"]) == 2
 
 
+@SLOW
 def test_floor_counts_the_bytes_that_a_call_reads(records):
   d, ff, joined = 32, 48, 32
   layer = 3 * d * joined + joined * d + 2 * d * joined + 3 * d * ff + 3 * d
@@ -137,6 +144,7 @@ def test_bad_input_ends_with_status_2():
     assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith(message)
 
 
+@SLOW
 def test_training_engines_begin_with_the_same_loss():
   pytest.importorskip("torch")
   options = TrainOptions(

@@ -5,6 +5,8 @@
 same module with `is_view=True`.
 """
 
+from collections.abc import Callable
+import functools
 from typing import Any
 
 from flax import linen as nn
@@ -158,12 +160,15 @@ def abstract_params(config: ModelConfig, partitioning: Partitioning) -> Any:
 
 def init_params(config: ModelConfig, partitioning: Partitioning, key: Array) -> Any:
   """Random parameters, placed by the partitioning; plain dicts."""
+  return _init_program(config, partitioning)(key)
+
+
+@functools.lru_cache
+def _init_program(config: ModelConfig, partitioning: Partitioning) -> Callable[[Array], Any]:
+  """Compiled once for all parameters of a config on a mesh."""
   shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(config, partitioning))
-
-  def init(key):
-    return nn.unbox(init_boxed(config, partitioning, key))
-
-  return jax.jit(init, out_shardings=shardings)(key)
+  init = lambda key: nn.unbox(init_boxed(config, partitioning, key))
+  return jax.jit(init, out_shardings=shardings)
 
 
 def decode_view(config: ModelConfig, params: Any) -> Any:
