@@ -253,7 +253,7 @@ def test_parallel_heads_learn_on_positions_that_are_drawn():
   params, batch = random_params(config), random_batch(4)
   weights, stride = (1.0, 0.7, 0.3), 3
   _, everything = gradients(config, params, batch, loss=Loss(weights))
-  loss, by_count = Loss(weights, draft_stride=stride), {}
+  loss, by_offset = Loss(weights, draft_stride=stride), {}
   for seed in range(40):
     grads, metrics = gradients(config, params, batch, jax.random.key(seed), loss=loss)
     halves, _ = gradients(
@@ -262,11 +262,16 @@ def test_parallel_heads_learn_on_positions_that_are_drawn():
     assert largest_difference(grads, halves) < 1e-12
     expected = np.sum(np.array(weights) * metrics["nll"] / metrics["count"])
     np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-12)
-    by_count[float(metrics["nll"][1])] = metrics
-  assert len(by_count) == stride
+    by_offset[float(metrics["nll"][1])] = metrics
+  assert len(by_offset) == stride
   for name in ("nll", "count"):
-    total = sum(metrics[name] for metrics in by_count.values())
+    total = sum(metrics[name] for metrics in by_offset.values())
     np.testing.assert_allclose(total, everything[name] * np.array([stride, 1, 1]), rtol=1e-12)
+  # A model without parallel heads has nothing to thin out.
+  alone = config.replace(block_size=1)
+  params = random_params(alone)
+  thinned, _ = gradients(alone, params, batch, loss=Loss(draft_stride=stride))
+  assert largest_difference(thinned, gradients(alone, params, batch)[0]) == 0
 
 
 def test_dropout_is_drawn_from_the_key():

@@ -120,7 +120,7 @@ def open_run(workdir: str | os.PathLike, identity: Mapping[str, Any]) -> Iterato
     return
   folder = Path(workdir)
   is_new, has_begun = not os.path.lexists(folder), (folder / RUN_FILE).is_file()
-  begun = {LOCK_FILE, partial_file(folder / RUN_FILE).name}
+  leftovers = {LOCK_FILE, partial_file(folder / RUN_FILE).name}
   if has_begun:
     found, wanted = _flat(read_object(folder / RUN_FILE)), _flat(identity)
     for name in sorted(found.keys() | wanted.keys()):
@@ -129,7 +129,7 @@ def open_run(workdir: str | os.PathLike, identity: Mapping[str, Any]) -> Iterato
             f"workdir {folder} {name}", wanted.get(name),
             f"{found.get(name)!r}, of the run that the folder holds",
         )
-  elif not is_new and (not folder.is_dir() or {*os.listdir(folder)} - begun):
+  elif not is_new and (not folder.is_dir() or {*os.listdir(folder)} - leftovers):
     raise InputError("workdir", str(folder), f"a new folder, or one with a {RUN_FILE}")
   try:
     folder.mkdir(parents=True, exist_ok=True)
@@ -147,7 +147,7 @@ def open_run(workdir: str | os.PathLike, identity: Mapping[str, Any]) -> Iterato
       yield has_begun
     finally:
       if not (folder / RUN_FILE).is_file():
-        for name in begun:
+        for name in leftovers:
           (folder / name).unlink(missing_ok=True)
         if is_new:
           with contextlib.suppress(OSError):  # Somebody else may have written there.

@@ -155,7 +155,7 @@ class Step:
     )
     keys = jax.random.split(key)
     chosen = positions = None
-    if self._loss.draft_stride > 1:
+    if self._loss.draft_stride > 1 and block_size > 1:
       length, stride = masks.shape[2], self._loss.draft_stride
       positions = jax.random.randint(keys[1], [], 0, stride) + jnp.arange(0, length, stride)
       is_drawn = jnp.zeros([length], bool).at[positions].set(True)
