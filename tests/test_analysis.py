@@ -144,6 +144,13 @@ def test_repetition_and_position_by_hand():
 
 
 def test_closed_distance():
-  assert closed_distance(1.5, 2.0, 2.5) == 0.5
-  assert closed_distance(1.5, 1.4, 2.5) == pytest.approx(-0.1)
-  assert closed_distance(2.0, 2.0, 2.0) is None
+  # Efficiencies of 60 tokens: 1.5, 2 and 2.5.
+  plain, refined, oracle = np.array([30, 10]), np.array([20, 10]), np.array([14, 10])
+  found, (low, high) = closed_distance(plain, refined, oracle)
+  assert found == pytest.approx(0.5)
+  # A resample draws the same rows of all three: the first twice, both, or the second
+  # twice, which has no way to go.
+  assert (low, high) == pytest.approx((28 * 20 / (40 * 32), 0.5))
+  found, (low, high) = closed_distance(plain, plain + 1, oracle)
+  assert found == pytest.approx((60 / 42 - 1.5) / 1.0) and high < 0
+  assert closed_distance(plain, refined, plain) is None

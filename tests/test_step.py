@@ -423,12 +423,14 @@ def report():
   return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow  # Compiles for eight devices in a process of its own.
 def test_eight_devices_give_one_devices_gradients_and_parameters(report):
   assert report["devices"] == 8
   assert set(report["differences"]) == {"gradients", "adafactor", "adamw"}
   assert all(difference < 1e-8 for difference in report["differences"].values()), report
 
 
+@pytest.mark.slow  # The same processes.
 def test_parameters_moments_and_logits_are_split(report):
   for name, (is_placed, num_large, least_split) in report["places"].items():
     assert is_placed, name

@@ -4,6 +4,7 @@ import dataclasses
 import json
 from pathlib import Path
 import re
+import runpy
 
 import gin
 import jax
@@ -173,8 +174,30 @@ def test_run_file_refines_drafts_and_reports_rows_that_it_did_not_tune_on(
   calls = {name: entry["decoder_calls"] for name, entry in methods.items()}
   if names == FEW:
     check_report(tmp_path / "out", "rows", methods)
+  else:
+    check_tables(tmp_path / "out", "rows", methods)
   oracles = [calls[f"oracle_k{k}"] for k in (2, 4, 8, 16) if f"oracle_k{k}" in calls]
   assert oracles == sorted(oracles, reverse=True) and oracles[-1] < calls["greedy"]
+
+
+def check_tables(folder, task, methods):
+  """The paper's tables hold what the evaluation measured, here as its own other batch size."""
+  module = runpy.run_path("experiments/refined_drafts/tables.py")
+  module["main"]([str(folder), "--single", str(folder)])
+  lines = (folder / "tables.md").read_text().splitlines()
+  plain = methods["blockwise"]["block_efficiency"]
+  for name, entry in methods.items():
+    (line,) = (line for line in lines if line.startswith(f"| {task} | {name} | "))
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells[3] == f"{entry['block_efficiency'] / plain - 1:+.1%}"
+    assert cells[4] == cells[7] == f"{1e3 / entry['tokens_per_second']:.2f}"
+  own = json.loads((folder / "analysis.json").read_text())[task]["methods"]["best16_4gram"]
+  low, high = own["closed_distance_interval"]
+  assert low <= own["closed_distance"] <= high
+  assert any(
+      line.startswith("| best16_4gram | ")
+      and f"{own['closed_distance']:.1%} ({low:.0%} to {high:.0%})" in line for line in lines
+  )
 
 
 def check_report(folder, task, methods):

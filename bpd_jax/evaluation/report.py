@@ -25,6 +25,7 @@ from bpd_jax.evaluation.analysis import (
     rising_heads,
 )
 from bpd_jax.evaluation.cost import token_cost
+from bpd_jax.evaluation.quality import is_looping
 from bpd_jax.evaluation.replay import Recording, replay
 from bpd_jax.evaluation.run import Method
 from bpd_jax.evaluation.scoring import is_oracle
@@ -53,8 +54,10 @@ def analyse_task(
   Returns:
     Ready for JSON: `heads`, see `head_statistics`, with `rising_heads`; `methods`, for
     each `block_efficiency`, `repetition`, `by_position`, `cost` (see `_cost`),
-    `against_plain` (see `compare_drafts`; absent without a plain method) and
-    `closed_distance` (absent without an oracle); `decodes`, each `method`, `row` and `calls`.
+    `against_plain` (see `compare_drafts`; absent without a plain method),
+    `closed_distance` with its `_interval` (see there; absent without an oracle, None where
+    that saves no call), and the same of rows that don't loop, `closed_distance_loop_free`;
+    `decodes`, each `method`, `row` and `calls`.
   """
   methods = [method for method in methods if method.method == "blockwise"]
   heads = head_statistics(generator, recording)
@@ -65,7 +68,7 @@ def analyse_task(
   drafts_before = None
   if plain is not None:
     drafts_before = drafts_everywhere(generator, recording, **options[plain.name])
-  found = {}
+  found, calls = {}, {}
   for method in methods:
     decoded = replay(generator, recording, **options[method.name])
     entry = {
@@ -77,12 +80,19 @@ def analyse_task(
     if plain is not None and method is not plain:
       after = drafts_everywhere(generator, recording, **options[method.name])
       entry["against_plain"] = compare_drafts(recording, drafts_before, after)
-    found[method.name] = entry
+    found[method.name], calls[method.name] = entry, np.array(decoded.calls)
   if plain is not None and oracles:
     best = max(oracles, key=lambda x: x.top_k)
-    low, high = (found[x.name]["block_efficiency"] for x in (plain, best))
-    for entry in found.values():
-      entry["closed_distance"] = closed_distance(low, entry["block_efficiency"], high)
+    is_free = np.array([
+        not is_looping(tokens[:length].tolist())
+        for tokens, length in zip(recording.tokens, recording.lengths)
+    ])
+    for name, entry in found.items():
+      for suffix, rows in (("", np.ones_like(is_free)), ("_loop_free", is_free)):
+        closed = closed_distance(*(calls[x][rows] for x in (plain.name, name, best.name)))
+        entry["closed_distance" + suffix], entry[f"closed_distance{suffix}_interval"] = (
+            (None, None) if closed is None else closed
+        )
   refined = [x for x in methods if x.scorers and not is_oracle(x.scorers)]
   shown = [x for x in (plain, *refined[-1:]) if x is not None]
   decodes = [
@@ -193,7 +203,8 @@ def _method_table(methods: Mapping[str, Any], analysis: Mapping[str, Any]) -> st
     rows.append([
         _text(name), str(entry["nodes"]), f"{entry['block_efficiency']:.3f}",
         f"{low:.2f}–{high:.2f}", "" if free is None else f"{free:.3f}",
-        percent(own.get("closed_distance")), f"{entry['speedup_over_greedy']:.2f}×",
+        *(_closed(own, suffix) for suffix in ("", "_loop_free")),
+        f"{entry['speedup_over_greedy']:.2f}×",
         f"{1e3 / entry['tokens_per_second']:.2f}",
         *(f"{cost[key] / 1e6:,.1f}" if cost else ""
           for key in ("parameter_bytes", "cache_bytes", "flops")),
@@ -204,10 +215,19 @@ def _method_table(methods: Mapping[str, Any], analysis: Mapping[str, Any]) -> st
     ])
   return _table([
       "method", "nodes", "block efficiency", "95 %", "loop-free", "of the way to the oracle",
-      "speed-up", "ms a token", "weights, MB a token", "cache, MB a token", "MFLOP a token",
-      "repeated pairs", "longest run", "wins", "losses", "repairs", "regressions",
+      "loop-free", "speed-up", "ms a token", "weights, MB a token", "cache, MB a token",
+      "MFLOP a token", "repeated pairs", "longest run", "wins", "losses", "repairs", "regressions",
       "proved", "weights",
   ], rows)
+
+
+def _closed(entry: Mapping[str, Any], suffix: str) -> str:
+  """The closed distance of a method, with its interval."""
+  value = entry.get("closed_distance" + suffix)
+  if value is None:
+    return ""
+  low, high = entry[f"closed_distance{suffix}_interval"]
+  return f"{value:.1%} ({low:.0%} to {high:.0%})"
 
 
 def _weight(weight: float | Sequence[float]) -> str:

@@ -1,9 +1,10 @@
 """Tables 1, 3, 4, 5 and 9 to 13 of Kim et al. 2024, row for row, and its two figures.
 
-  python experiments/refined_drafts/tables.py runs/refined_drafts/results [--model DIR]
+  python experiments/refined_drafts/tables.py runs/refined_drafts/results \\
+      --single runs/refined_drafts/single
 
 Reads what an evaluation left (`results.json`, `analysis.json`), prints Markdown, and
-writes it with plots beside them.
+writes it beside them; `--single` is the same methods' evaluation at batch 1.
 """
 
 import argparse
@@ -17,11 +18,13 @@ from bpd_jax.checkpoints import load_config
 from bpd_jax.evaluation.cost import token_cost
 from bpd_jax.folders import read_object
 from bpd_jax.launch import run
+from bpd_jax.model.config import ModelConfig
 
 KV_LENGTHS = (128, 512, 1024, 2048)
 INPUT_LENGTH = 256
 # Table 3: plain drafts, and those that 2-grams re-scored.
 PAIR = ("blockwise", "ngram2")
+UNTUNED = ("NoRepeat", "Oracle")
 Row = Sequence[str]
 
 
@@ -44,7 +47,7 @@ def by_method(tasks: Mapping[str, Any], methods: Sequence[str], cell: Callable) 
 
 
 def tables(
-    tasks: Mapping[str, Any], analysis: Mapping[str, Any], config: Any, small: Any
+    tasks: Mapping[str, Any], analysis: Mapping[str, Any], config: ModelConfig
 ) -> Iterator[str]:
   """The tables, of tasks by name from `results.json` and `analysis.json`."""
   methods = list(next(iter(tasks.values()))["methods"])
@@ -53,7 +56,7 @@ def tables(
       "Table 1: quality, and block efficiency with 9 heads",
       ["task", "quality", "learned", "block efficiency", "95 %", "speed-up"],
       [[
-          name, f"{task['main_metric']} {task['quality'][task['main_metric']]:.3f}",
+          name, _quality(task),
           "yes" if task["learned"] else "no", f"{plain['block_efficiency']:.3f}",
           "{:.2f}–{:.2f}".format(*plain["block_efficiency_interval"]),
           f"{plain['speedup_over_greedy']:.2f}×",
@@ -80,7 +83,7 @@ def tables(
   yield markdown("Table 9: general, in-domain, and the base's own text", ["task", *named],
                  by_method(tasks, named, efficiency))
   weighted = [name for name in methods if any(
-      "weight" in part for task in tasks.values()
+      part["scorer"] not in UNTUNED for task in tasks.values()
       for part in task["methods"][name].get("scorers", []))]
   weights = lambda task, method: ", ".join(
       f"{part['weight']:g}" if isinstance(part["weight"], int | float) else str(part["weight"])
@@ -99,7 +102,8 @@ def tables(
   for method in methods:
     entries = [task["methods"][method] for task in tasks.values()]
     mean = float(np.mean([entry["block_efficiency"] for entry in entries]))
-    scorers = [small for part in entries[0].get("scorers", []) if part["scorer"] == "Neural"]
+    scorers = [load_config(part["checkpoint"]) for part in entries[0].get("scorers", [])
+               if part["scorer"] == "Neural"]
     heads = 0 if method == "greedy" else entries[0]["verify_width"] - 1
     cost = lambda length, mean=mean, heads=heads, nodes=entries[0]["nodes"], scorers=scorers: (
         token_cost(config, nodes, heads, mean, output_length=length, input_length=INPUT_LENGTH,
@@ -117,11 +121,14 @@ def tables(
       rows,
   )
   distances = [name for name in methods if name != "greedy"]
-  closed = lambda task, method: _percent(
-      analysis[task["name"]]["methods"][method].get("closed_distance"))
   yield markdown(
-      "Of the way from plain drafts to the oracle with k = 16", ["task", *distances],
-      by_method({name: task | {"name": name} for name, task in tasks.items()}, distances, closed),
+      "Of the way from plain drafts to the oracle with k = 16, and 95 % intervals",
+      ["method", "nodes", *(f"{name}{rows}" for name in tasks for rows in ("", ", loop-free"))],
+      [[
+          method, str(next(iter(tasks.values()))["methods"][method]["nodes"]),
+          *(_closed(analysis[name]["methods"][method], suffix)
+            for name in tasks for suffix in ("", "_loop_free")),
+      ] for method in distances],
   )
   heads = [
       [name, str(own["rising_heads"]), *(f"{value:.2f}" for value in own["entropy"])]
@@ -132,8 +139,49 @@ def tables(
   yield _regression(tasks, analysis)
 
 
-def _percent(value: float | None) -> str:
-  return "–" if value is None else f"{value:.1%}"
+def _quality(task: Mapping[str, Any]) -> str:
+  if task["quality"] is None:
+    return "no references"
+  return f"{task['main_metric']} {task['quality'][task['main_metric']]:.3f}"
+
+
+def _closed(entry: Mapping[str, Any], suffix: str) -> str:
+  """The closed distance of a method with its interval."""
+  value = entry.get("closed_distance" + suffix)
+  if value is None:
+    return "–"
+  low, high = entry[f"closed_distance{suffix}_interval"]
+  return f"{value:.1%} ({low:.0%} to {high:.0%})"
+
+
+def time_table(tasks: Mapping[str, Any], single: Mapping[str, Any], batch_size: int) -> str:
+  """Block efficiency beside time, both over plain drafts, at batch 1 and another.
+
+  Args:
+    tasks: by name, of `results.json`.
+    single: the same of an evaluation at batch 1.
+    batch_size: of the first.
+  """
+  rows = []
+  for name, task in tasks.items():
+    for method, entry in task["methods"].items():
+      plain = task["methods"]["blockwise"]
+      gain = entry["block_efficiency"] / plain["block_efficiency"] - 1
+      cells, speeds = [], []
+      for measured in (task, single[name]):
+        own, base = measured["methods"][method], measured["methods"]["blockwise"]
+        speeds.append(own["tokens_per_second"] / base["tokens_per_second"] - 1)
+        low, high = own["speedup_range"]
+        cells += [f"{1e3 / own['tokens_per_second']:.2f}", f"{speeds[-1]:+.1%}",
+                  f"{own['speedup_over_greedy']:.2f}× ({low:.2f}–{high:.2f})"]
+      word = "–" if gain <= 0 else "yes" if min(speeds) > 0 else "at one batch size" if max(
+          speeds) > 0 else "none"
+      rows.append([name, method, str(entry["nodes"]), f"{gain:+.1%}", *cells, word])
+  sizes = [word for size in (batch_size, 1) for word in (
+      f"ms a token, batch {size}", "tokens a second over plain", "over greedy")]
+  return markdown("Is a gain in block efficiency one in time?",
+                  ["task", "method", "nodes", "block efficiency over plain", *sizes,
+                   "gain in time"], rows)
 
 
 def _regression(tasks: Mapping[str, Any], analysis: Mapping[str, Any]) -> str:
@@ -151,15 +199,17 @@ def main(argv: Sequence[str]) -> None:
   """Prints and writes the tables; learned tasks alone unless there are none."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("results", type=Path, help="folder of an evaluation")
-  parser.add_argument("--model", help="model folder (default the evaluation's)")
-  parser.add_argument("--small", help="folder of the small model that re-scores")
+  parser.add_argument("--single", type=Path, help="folder of an evaluation at batch 1")
   args = parser.parse_args(argv)
   results = read_object(args.results / "results.json")
   analysis = read_object(args.results / "analysis.json")
-  config = load_config(args.model or results["checkpoint"])
-  small = load_config(args.small) if args.small else None
+  config = load_config(results["checkpoint"])
   learned = {name: task for name, task in results["tasks"].items() if task["learned"]}
-  text = "\n".join(tables(learned or results["tasks"], analysis, config, small))
+  tasks = learned or results["tasks"]
+  text = "\n".join(tables(tasks, analysis, config))
+  if args.single:
+    single = read_object(args.single / "results.json")["tasks"]
+    text += "\n" + time_table(tasks, single, results["batch_size"])
   if not learned:
     text = "No task is learned; these are all of them, and say nothing.\n\n" + text
   print(text)
