@@ -141,7 +141,7 @@ def terminate(argv, workdir):
   return done
 
 
-@pytest.mark.slow  # Five processes; one test less of twenty kills, too.
+@pytest.mark.slow  # Five processes, each of which starts anew.
 def test_a_run_that_is_stopped_and_killed_thrice_ends_like_an_undisturbed_one(
     rows, whole, tmp_path
 ):

@@ -203,7 +203,7 @@ def _method_table(methods: Mapping[str, Any], analysis: Mapping[str, Any]) -> st
     rows.append([
         _text(name), str(entry["nodes"]), f"{entry['block_efficiency']:.3f}",
         f"{low:.2f}–{high:.2f}", "" if free is None else f"{free:.3f}",
-        *(_closed(own, suffix) for suffix in ("", "_loop_free")),
+        *(closed_text(own, suffix) for suffix in ("", "_loop_free")),
         f"{entry['speedup_over_greedy']:.2f}×",
         f"{1e3 / entry['tokens_per_second']:.2f}",
         *(f"{cost[key] / 1e6:,.1f}" if cost else ""
@@ -221,8 +221,13 @@ def _method_table(methods: Mapping[str, Any], analysis: Mapping[str, Any]) -> st
   ], rows)
 
 
-def _closed(entry: Mapping[str, Any], suffix: str) -> str:
-  """The closed distance of a method, with its interval."""
+def closed_text(entry: Mapping[str, Any], suffix: str) -> str:
+  """The closed distance of a method, with its interval; empty where there is none.
+
+  Args:
+    entry: of a method, from `analyse_task`.
+    suffix: "" for all rows, "_loop_free" for those that don't loop.
+  """
   value = entry.get("closed_distance" + suffix)
   if value is None:
     return ""

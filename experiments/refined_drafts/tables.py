@@ -16,6 +16,7 @@ import numpy as np
 
 from bpd_jax.checkpoints import load_config
 from bpd_jax.evaluation.cost import token_cost
+from bpd_jax.evaluation.report import closed_text
 from bpd_jax.folders import read_object
 from bpd_jax.launch import run
 from bpd_jax.model.config import ModelConfig
@@ -126,7 +127,7 @@ def tables(
       ["method", "nodes", *(f"{name}{rows}" for name in tasks for rows in ("", ", loop-free"))],
       [[
           method, str(next(iter(tasks.values()))["methods"][method]["nodes"]),
-          *(_closed(analysis[name]["methods"][method], suffix)
+          *(closed_text(analysis[name]["methods"][method], suffix) or "–"
             for name in tasks for suffix in ("", "_loop_free")),
       ] for method in distances],
   )
@@ -143,15 +144,6 @@ def _quality(task: Mapping[str, Any]) -> str:
   if task["quality"] is None:
     return "no references"
   return f"{task['main_metric']} {task['quality'][task['main_metric']]:.3f}"
-
-
-def _closed(entry: Mapping[str, Any], suffix: str) -> str:
-  """The closed distance of a method with its interval."""
-  value = entry.get("closed_distance" + suffix)
-  if value is None:
-    return "–"
-  low, high = entry[f"closed_distance{suffix}_interval"]
-  return f"{value:.1%} ({low:.0%} to {high:.0%})"
 
 
 def time_table(tasks: Mapping[str, Any], single: Mapping[str, Any], batch_size: int) -> str:
