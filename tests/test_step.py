@@ -17,7 +17,14 @@ from bpd_jax.errors import InputError
 from bpd_jax.model.config import ModelConfig
 from bpd_jax.model.model import EncoderDecoder, init_params
 from bpd_jax.partitioning import make_partitioning, single_device
-from bpd_jax.training.loss import cross_entropy, head_losses, head_targets, Loss
+from bpd_jax.training.loss import (
+    cross_entropy,
+    head_losses,
+    head_targets,
+    Loss,
+    repeatable,
+    unlikelihood,
+)
 from bpd_jax.training.optimizer import Optimizer
 from bpd_jax.training.step import place_batch, Step
 
@@ -37,18 +44,21 @@ def random_params(config, seed=0):
   return params
 
 
-def random_batch(rows, lengths=(9, 7), seed=0, segments=1):
+def random_batch(rows, lengths=(9, 7), seed=0, segments=1, vocab_size=40):
   """Rows of examples of random lengths."""
   rng = np.random.default_rng(seed)
-  most = [length // segments for length in lengths]
+
+  def tokens(most):
+    drawn = rng.integers(2, vocab_size, rng.integers(1, most))
+    return np.append(drawn, 1).astype(np.int32)
 
   def example():
-    return [np.append(rng.integers(2, 40, rng.integers(1, n)), 1).astype(np.int32) for n in most]
+    return [tokens(length // segments) for length in lengths]
 
   return assemble([[example() for _ in range(segments)] for _ in range(rows)], *lengths)
 
 
-def plain_loss(config, params, batch, head_weights, label_smoothing=0.0, z_loss=0.0):
+def plain_loss(config, params, batch, loss):
   """The loss by the model's public methods and Python loops over unpacked rows."""
   model = EncoderDecoder(config, single_device())
   mask = batch["encoder_segment_ids"] > 0
@@ -60,7 +70,7 @@ def plain_loss(config, params, batch, head_weights, label_smoothing=0.0, z_loss=
     logits = jnp.concatenate([logits, apply(hidden, method="head_logits")], axis=2)
   log_probs = jax.nn.log_softmax(logits)
   log_z = jax.nn.logsumexp(logits, axis=-1)
-  total, vocab = 0.0, config.vocab_size
+  total, vocab, label_smoothing = 0.0, config.vocab_size, loss.label_smoothing
   lengths = (batch["decoder_segment_ids"] > 0).sum(axis=1)
   for i in range(config.block_size):
     head, count = 0.0, 0
@@ -71,9 +81,12 @@ def plain_loss(config, params, batch, head_weights, label_smoothing=0.0, z_loss=
         q[target] = 1 - label_smoothing
         entropy = -np.sum(q[q > 0] * np.log(q[q > 0]))
         head += -jnp.sum(q * log_probs[row, t, i]) - entropy
-        head += z_loss * log_z[row, t, i] ** 2
+        head += loss.z_loss * log_z[row, t, i] ** 2
         count += 1
-    total += head_weights[i] * head / count
+        if i == 0:
+          for token in {*batch["decoder_target_tokens"][row, :t].tolist()} - {int(target)}:
+            head -= loss.unlikelihood * jnp.log1p(-jnp.exp(log_probs[row, t, 0, token]))
+    total += loss.weights(config.block_size)[i] * head / count
   return total
 
 
@@ -102,18 +115,15 @@ def float64():
     ({}, Loss()),
     ({"is_tied": True, "is_gated": False, "activation": "relu"},
      Loss((1.0, 0.5, 0.0), label_smoothing=0.1, z_loss=1e-2)),
-    ({"block_size": 1}, Loss()),
+    ({"block_size": 1}, Loss(unlikelihood=0.7)),
 ])
 def test_loss_and_gradients_are_the_plain_ones(fields, loss):
   config = CONFIG.replace(**fields).with_dtype("float64")
-  params, batch = random_params(config), random_batch(4)
+  params, batch = random_params(config), random_batch(4, vocab_size=6)
   grads, metrics = gradients(config, params, batch, loss=loss)
-  value, expected = jax.jit(jax.value_and_grad(
-      lambda params: plain_loss(
-          config, params, batch, loss.weights(config.block_size), loss.label_smoothing,
-          loss.z_loss,
-      )
-  ))(params)
+  value, expected = jax.jit(
+      jax.value_and_grad(lambda params: plain_loss(config, params, batch, loss))
+  )(params)
   np.testing.assert_allclose(metrics["loss"], value, rtol=1e-12)
   assert largest_difference(grads, expected) < 1e-12
 
@@ -129,6 +139,26 @@ def test_head_targets_stay_in_their_segment():
   assert masks[:, 0, 0].tolist() == [True, False, False]
 
 
+def test_only_earlier_tokens_of_the_text_are_repetitions():
+  targets, segments = jnp.array([[1, 2, 1, 3, 3, 1, 0]]), jnp.array([[1, 1, 1, 1, 2, 2, 0]])
+  repeats = np.array(repeatable(targets, segments))[0]
+  tokens = [np.array(targets)[0, row].tolist() for row in repeats]
+  assert tokens == [[], [1], [2], [1, 2], [], [3], []]
+
+
+def test_unlikelihood_of_a_certain_repetition_is_finite():
+  targets, segments = jnp.array([[1, 2]]), jnp.array([[1, 1]])
+  value_and_grad = jax.value_and_grad(
+      lambda logits: unlikelihood(logits, targets, repeatable(targets, segments)).sum()
+  )
+  # Token 1 again, as surely as the type can say.
+  value, grad = value_and_grad(jnp.full([1, 2, 4], -1e4).at[:, :, 1].set(1e4))
+  assert 30 < value < 40 and jnp.isfinite(grad).all()
+  # Nearly: the gradient of a logit is p itself.
+  _, grad = value_and_grad(jnp.zeros([1, 2, 4]).at[:, :, 1].set(20.0))
+  np.testing.assert_allclose(grad[0, 1, 1], 1, atol=1e-6)
+
+
 def test_label_smoothing_is_least_at_its_own_distribution():
   q = jnp.full([5], 0.1 / 4).at[2].set(0.9)
   loss, nll = cross_entropy(jnp.log(q)[None], jnp.array([2]), 0.1, 0.0)
@@ -139,7 +169,7 @@ def test_label_smoothing_is_least_at_its_own_distribution():
 def test_packed_rows_give_what_their_examples_give_apart():
   config = CONFIG.with_dtype("float64")
   params = random_params(config)
-  packed = random_batch(3, (30, 24), segments=3)
+  packed = random_batch(3, (30, 24), segments=3, vocab_size=6)
   examples = []
   for row in range(3):
     for segment in (1, 2, 3):
@@ -148,13 +178,14 @@ def test_packed_rows_give_what_their_examples_give_apart():
           pick("encoder", "encoder_input_tokens"), pick("decoder", "decoder_target_tokens")
       )])
   apart = assemble(examples, 30, 24)
-  grads, metrics = gradients(config, params, packed)
-  expected, expected_metrics = gradients(config, params, apart)
+  loss = Loss(unlikelihood=1.0)
+  grads, metrics = gradients(config, params, packed, loss=loss)
+  expected, expected_metrics = gradients(config, params, apart, loss=loss)
   assert largest_difference(metrics, expected_metrics) < 1e-11
   assert largest_difference(grads, expected) < 1e-12
   # Without the segments they would differ.
   joined = {**packed, "encoder_segment_ids": (packed["encoder_segment_ids"] > 0).astype(np.int32)}
-  assert largest_difference(gradients(config, params, joined)[0], expected) > 1e-4
+  assert largest_difference(gradients(config, params, joined, loss=loss)[0], expected) > 1e-4
 
 
 def test_accumulation_is_one_batch():
@@ -352,6 +383,8 @@ def test_muon_moves_everything_by_its_share_and_kernels_in_all_directions():
     (lambda: Optimizer(learning_rate=0), "Optimizer.learning_rate"),
     (lambda: Optimizer(warmup_steps=0), "Optimizer.warmup_steps"),
     (lambda: Loss(label_smoothing=1), "Loss.label_smoothing"),
+    (lambda: Loss(unlikelihood=-1), "Loss.unlikelihood"),
+    (lambda: Loss(unlikelihood=1, one_random_head=True), "Loss.unlikelihood"),
     (lambda: Step(CONFIG, single_device(), PLAIN, Loss((1.0,))), "Loss.head_weights"),
     (lambda: Step(CONFIG, single_device(), PLAIN, mode="frozen"), "mode"),
     (lambda: Step(CONFIG.replace(block_size=1), single_device(), PLAIN, mode="distill"),

@@ -34,6 +34,9 @@ class Loss:
     draft_stride: parallel heads learn on one position of every so many, drawn each
       step, and head 1 on all: the expected gradient is the same and the parallel heads
       take that many times less. Not with `one_random_head`.
+    unlikelihood: weight of -Σ_c log(1 - p_c) of head 1, over the tokens c that came
+      before in the text and don't come now (Welleck et al. 2020, §5.1): greedy
+      decoding loops less. Not with `one_random_head`.
   """
 
   head_weights: tuple[float, ...] | None = None
@@ -41,6 +44,7 @@ class Loss:
   z_loss: float = 0.0
   one_random_head: bool = False
   draft_stride: int = 1
+  unlikelihood: float = 0.0
 
   def __post_init__(self):
     if self.head_weights is not None:
@@ -53,6 +57,10 @@ class Loss:
       raise InputError("Loss.draft_stride", self.draft_stride, "a positive integer")
     if self.draft_stride > 1 and self.one_random_head:
       raise InputError("Loss.draft_stride", self.draft_stride, "1 with one_random_head")
+    if self.unlikelihood < 0:
+      raise InputError("Loss.unlikelihood", self.unlikelihood, "0 or more")
+    if self.unlikelihood and self.one_random_head:
+      raise InputError("Loss.unlikelihood", self.unlikelihood, "0 with one_random_head")
 
   def weights(self, block_size: int) -> tuple[float, ...]:
     """λ of each head; InputError where they aren't one for each of `block_size`."""
@@ -123,6 +131,48 @@ def cross_entropy(
   return loss + z_loss * jnp.square(log_z), nll
 
 
+def repeatable(targets: Array, segments: Array) -> Array:
+  """Which earlier tokens of a text would be a repetition at each position.
+
+    targets  a b a c     at c: a, b (a once, though it came twice)
+                         at the second a: b
+
+  Args:
+    targets: [batch, length] int32, of head 1.
+    segments: [batch, length] int32, 0 where nothing is.
+
+  Returns:
+    [batch, length, length] bool: whether the token of the column is an earlier one of
+    the row's segment, isn't the row's target, and has no column before it.
+  """
+  earlier = jnp.tri(targets.shape[1], k=-1, dtype=bool) & (
+      segments[:, :, None] == segments[:, None, :]
+  )
+  is_same = targets[:, :, None] == targets[:, None, :]
+  is_first = ~jnp.any(earlier & is_same, axis=2)
+  return earlier & ~is_same & is_first[:, None, :] & (segments[:, :, None] > 0)
+
+
+def unlikelihood(logits: Array, targets: Array, repeats: Array) -> Array:
+  """-Σ_c log(1 - p_c) over the tokens that would be repetitions, at each position.
+
+  Args:
+    logits: [batch, length, vocab].
+    targets: [batch, length] int32, of head 1.
+    repeats: [batch, length, length] bool, of `repeatable`.
+
+  Returns:
+    [batch, length] of the logits' dtype.
+  """
+  columns = jnp.broadcast_to(targets[:, None, :], repeats.shape)
+  log_p = jnp.take_along_axis(logits, columns, axis=-1) - jax.nn.logsumexp(
+      logits, axis=-1, keepdims=True
+  )
+  # Where p rounds to 1 nothing finite would be left of log(1 - p).
+  log_p = jnp.minimum(jnp.where(repeats, log_p, -1.0), -jnp.finfo(logits.dtype).eps)
+  return -jnp.sum(jnp.where(repeats, jnp.log(-jnp.expm1(log_p)), 0), axis=-1)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def weighted_cross_entropy(
     project: Callable[[Array, Array], Array],
@@ -131,31 +181,36 @@ def weighted_cross_entropy(
     kernel: Array,
     targets: Array,
     weights: Array,
+    repeats: Array | None = None,
 ) -> tuple[Array, dict[str, Array]]:
   """Σ over heads and positions of weight × cross-entropy.
 
   Args:
     project: (state, kernel) -> logits, [..., d] -> [..., vocab].
-    loss: smoothing and z-loss.
+    loss: smoothing, z-loss and the weight of the unlikelihood.
     states: [heads, batch, length, d].
     kernel: of the output projection.
     targets: [heads, batch, length] int32.
     weights: [heads, batch, length]; 0 where there is no target.
+    repeats: [batch, length, length] bool, of `repeatable`, where the heads are head 1
+      alone and its unlikelihood counts as well.
 
   Returns:
     The sum, and what metrics need: sums over the positions of weight above 0 of
     `nll` and `correct`, and their number `count`, each [heads]. Only the first is
     differentiated, with respect to states and kernel.
   """
-  head = functools.partial(_head_loss, project, loss)
+  head = functools.partial(_head_loss, project, loss, repeats)
   totals, sums = jax.lax.map(lambda x: head(x[0], kernel, *x[1:]), (states, targets, weights))
   return totals.sum(), sums
 
 
-def _head_loss(project, loss: Loss, state, kernel, targets, weights):
+def _head_loss(project, loss: Loss, repeats, state, kernel, targets, weights):
   """One head of `weighted_cross_entropy`."""
   logits = project(state, kernel)
   values, nll = cross_entropy(logits, targets, loss.label_smoothing, loss.z_loss)
+  if repeats is not None:
+    values += loss.unlikelihood * unlikelihood(logits, targets, repeats)
   has_target = weights > 0
   count = lambda x: jnp.sum(jnp.where(has_target, x, 0), dtype=logits.dtype)
   best = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
@@ -166,9 +221,9 @@ def _head_loss(project, loss: Loss, state, kernel, targets, weights):
   return jnp.sum(values * weights.astype(values.dtype)), sums
 
 
-def _forward(project, loss, states, kernel, targets, weights):
+def _forward(project, loss, states, kernel, targets, weights, repeats):
   grad = jax.value_and_grad(
-      functools.partial(_head_loss, project, loss), argnums=(0, 1), has_aux=True
+      functools.partial(_head_loss, project, loss, repeats), argnums=(0, 1), has_aux=True
   )
 
   def body(kernel_grad, x):
@@ -184,7 +239,7 @@ def _forward(project, loss, states, kernel, targets, weights):
 def _backward(project, loss, saved, cotangents):
   del project, loss
   scale = cotangents[0]
-  return (*(grad * scale.astype(grad.dtype) for grad in saved), None, None)
+  return (*(grad * scale.astype(grad.dtype) for grad in saved), None, None, None)
 
 
 weighted_cross_entropy.defvjp(_forward, _backward)

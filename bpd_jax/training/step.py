@@ -23,6 +23,7 @@ from bpd_jax.training.loss import (
     head_targets,
     Loss,
     normalised_weights,
+    repeatable,
     weighted_cross_entropy,
 )
 from bpd_jax.training.optimizer import Optimizer
@@ -202,24 +203,28 @@ class Step:
     params = {**trained, **frozen}
     is_training = self._mode == "joint" and self.config.dropout_rate > 0
     hidden = self._hidden(params, batch, key if is_training else None)
-    entropy = lambda states, targets, weights: weighted_cross_entropy(
-        self._project, self._loss, states, self._kernel(params), targets, weights
+    entropy = lambda states, targets, weights, repeats=None: weighted_cross_entropy(
+        self._project, self._loss, states, self._kernel(params), targets, weights, repeats
     )
+    if chosen is not None:
+      # Head 1 reads the state as it is.
+      other = self._read_heads(params, hidden, which=jnp.maximum(chosen + 1, 2))
+      return entropy(jnp.where(chosen > 0, other, hidden[None]), targets, weights)
+    repeats = None
+    if self._loss.unlikelihood:
+      repeats = repeatable(targets[0], batch["decoder_segment_ids"])
+    loss, sums = entropy(hidden[None], targets[:1], weights[:1], repeats)
+    if self.config.block_size == 1:
+      return loss, sums
+    at = lambda x, axis: x
     if positions is not None:
       # The last position may be past the end; the one read in its place has no weight.
       at = lambda x, axis: jnp.take(x, positions, axis, mode="clip")
-      drafts = self._read_heads(params, at(hidden, 1))
-      loss, sums = entropy(hidden[None], targets[:1], weights[:1])
-      draft_loss, draft_sums = entropy(drafts, at(targets[1:], 2), at(weights[1:], 2))
-      join = lambda x, y: jnp.concatenate([x, y])
-      return loss + draft_loss, jax.tree.map(join, sums, draft_sums)
-    if chosen is None:
-      states = self._head_states(params, hidden)
-    else:
-      # Head 1 reads the state as it is.
-      other = self._read_heads(params, hidden, which=jnp.maximum(chosen + 1, 2))
-      states = jnp.where(chosen > 0, other, hidden[None])
-    return entropy(states, targets, weights)
+    drafts = self._read_heads(params, at(hidden, 1))
+    draft_loss, draft_sums = entropy(drafts, at(targets[1:], 2), at(weights[1:], 2))
+    return loss + draft_loss, jax.tree.map(
+        lambda x, y: jnp.concatenate([x, y]), sums, draft_sums
+    )
 
   def _sums(self, params, batch):
     targets, masks = head_targets(
