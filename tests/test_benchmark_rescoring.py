@@ -34,12 +34,17 @@ CONFIG = ModelConfig(
 )
 
 
+# The fixture compiles a model, two scorers and OpenFst's graphs.
+RECORD = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def record():
   with Progress(disable=True) as progress:
     return measure_rescoring(CONFIG, OPTIONS, progress, lambda text: None)
 
 
+@RECORD
 def test_all_engines_are_timed(record):
   pytest.importorskip("pynini")
   assert [batch["batch_size"] for batch in record["batches"]] == [3]
@@ -54,6 +59,7 @@ def test_all_engines_are_timed(record):
   json.dumps(record)
 
 
+@RECORD
 def test_the_report_says_every_figure(record):
   console = Console(width=200, record=True, file=open("/dev/null", "w"))
   print_rescoring_report(console, record, OPTIONS)

@@ -185,6 +185,10 @@ print(json.dumps(out))
 """
 
 
+# The fixture compiles for eight devices in a process of its own.
+MESH = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def on_mesh():
   """What a process with 8 devices, 2 data × 2 fsdp × 2 model, finds."""
@@ -200,6 +204,7 @@ def on_mesh():
   return json.loads(done.stdout.splitlines()[-1])
 
 
+@MESH
 @pytest.mark.parametrize("method, width", [("greedy", 1), ("blockwise", 8)])
 def test_mesh_moves_no_cache(on_mesh, method, width):
   found = on_mesh[method]
@@ -209,11 +214,13 @@ def test_mesh_moves_no_cache(on_mesh, method, width):
   assert found["of_cache"] == []
 
 
+@MESH
 def test_mesh_gives_the_same_tokens_and_calls(on_mesh):
   assert on_mesh["same"] == {"greedy": True, "blockwise": True, "reference": True}
   assert on_mesh["distinct"] > 5
 
 
+@MESH
 @pytest.mark.parametrize("form, least", [("stored", 15), ("view", 100)])
 def test_mesh_splits_every_large_parameter(on_mesh, form, least):
   """T5 1.1 base with 8 heads: whatever is above 1 MB lies on 4 devices at least."""
@@ -221,6 +228,7 @@ def test_mesh_splits_every_large_parameter(on_mesh, form, least):
   assert min(on_mesh[form].values()) >= 4, on_mesh[form]
 
 
+@MESH
 def test_mesh_names_a_batch_that_does_not_divide(on_mesh):
   assert on_mesh["batch"] == (
       "batch_size = 6: allowed is a positive multiple of 4, the mesh axes ('data', 'fsdp')"

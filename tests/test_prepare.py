@@ -257,6 +257,7 @@ def register(data_dir, small):
   )
 
 
+@pytest.mark.slow  # Two processes that import TensorFlow.
 def test_the_command_is_quiet_and_ends_with_status_2(tmp_path):
   def run(*arguments):
     return subprocess.run(

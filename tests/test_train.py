@@ -204,6 +204,7 @@ def test_the_page_says_what_a_run_leaves(whole):
     assert f"`{name}`" in page, name
 
 
+@pytest.mark.slow  # Compiles a run's programs anew.
 def test_what_a_finished_run_needs_is_not_made_again(rows, whole, tmp_path, monkeypatch):
   shutil.copytree(whole, tmp_path / "run")
   times = {path: path.stat().st_mtime_ns for path in (tmp_path / "run/tasks").rglob("*")}
