@@ -65,6 +65,7 @@ def train(
     vocabulary: str | None = None,
     mode: str = "joint",
     rates: Sequence[float] | None = None,
+    output_rates: Sequence[float] | None = None,
     batch_size: int = 32,
     input_length: int = 256,
     target_length: int = 128,
@@ -94,6 +95,9 @@ def train(
     mode: "joint" trains everything; "heads_only" the parallel heads behind the
       frozen base model; "distill" likewise, on the base's own greedy outputs.
     rates: relative share of each task; by default their numbers of examples.
+    output_rates: beside `rates`, the share of the checkpoint's own greedy outputs on
+      each task's inputs, from which the model learns not to repeat itself; see
+      `Loss.unlikelihood`. By default there are none.
     batch_size: rows of a step, over all devices and microbatches.
     input_length: tokens of a row's inputs; longer ones are cut.
     target_length: tokens of a row's targets; longer ones are cut.
@@ -103,8 +107,8 @@ def train(
     loss: what is minimised.
     average_decay: of a moving average of parameters that is used in their place.
     validation: what evaluations look at; None for no evaluations.
-    max_states: examples of each task whose decoder states are cached where the
-      base is frozen.
+    max_states: examples of each task that the checkpoint reads first: for its decoder
+      states where the base is frozen, else for its own outputs.
     seed: of parameters, order and dropout.
     partitioning: where the model lives; one device by default.
 
@@ -123,6 +127,8 @@ def train(
   is_frozen = mode != "joint"
   if is_frozen and checkpoint is None:
     raise InputError("train.checkpoint", None, f"a model folder in mode {mode!r}")
+  if output_rates is not None:
+    check_output_rates(output_rates, rates, mode, checkpoint, loss)
   if mode == "distill" and jax.process_count() > 1:
     raise InputError("train.mode", mode, "another one where several processes train")
   for name, size in (
@@ -156,8 +162,9 @@ def train(
       "mode": mode, "rates": rates, "batch_size": batch_size, "input_length": input_length,
       "target_length": target_length, "is_packed": is_packed,
       "num_microbatches": num_microbatches, "optimizer": optimizer.to_dict(),
-      "loss": dataclasses.asdict(loss), "average_decay": average_decay,
-      "max_states": max_states if is_frozen else None, "seed": seed,
+      "output_rates": output_rates, "loss": dataclasses.asdict(loss),
+      "average_decay": average_decay,
+      "max_states": max_states if is_frozen or output_rates else None, "seed": seed,
       "vocabulary": words.fingerprint,
       "tasks": [fingerprints[task] for task in tasks],
   }
@@ -211,10 +218,17 @@ def train(
           states, rates=rates, batch_size=batch_size, target_length=target_length, seed=seed
       )
     else:
+      outputs = []
+      if output_rates is not None:
+        outputs = own_outputs(
+            Path(workdir) / "outputs", Generator(config, initial_params(), partitioning, words),
+            datasets, output_rates, max_states, batch_size, lengths, seed,
+        )
+        rates = [*rates, *(rate for rate in output_rates if rate)]
       batches = Batches(
-          datasets, rates=rates, batch_size=batch_size, is_packed=is_packed, eos_id=config.eos_id,
-          seed=seed, process_index=jax.process_index(), process_count=jax.process_count(),
-          **lengths,
+          [*datasets, *outputs], num_outputs=len(outputs), rates=rates, batch_size=batch_size,
+          is_packed=is_packed, eos_id=config.eos_id, seed=seed,
+          process_index=jax.process_index(), process_count=jax.process_count(), **lengths,
       )
     say(f"an epoch is {batches.steps_per_epoch():,.1f} steps of {batch_size} rows")
 
@@ -258,6 +272,25 @@ def run_vocabulary(
           f"None, or {expected}, the checkpoint's",
       )
   return words, path or own
+
+
+def check_output_rates(
+    output_rates: Sequence[float], rates: Sequence[float] | None, mode: str,
+    checkpoint: str | None, loss: Loss,
+) -> None:
+  """Raises InputError where there are no own outputs, or nothing is learned from them."""
+  if mode != "joint" or jax.process_count() > 1:
+    raise InputError(
+        "train.output_rates", list(output_rates), "None but in mode 'joint', in one process"
+    )
+  if rates is None or len(output_rates) != len(rates) or min(output_rates) < 0:
+    raise InputError(
+        "train.output_rates", list(output_rates), "numbers from 0, as many as train.rates"
+    )
+  if checkpoint is None:
+    raise InputError("train.checkpoint", None, "a model folder with output_rates")
+  if not loss.unlikelihood:
+    raise InputError("Loss.unlikelihood", loss.unlikelihood, "above 0 with output_rates")
 
 
 def check_schedule(schedule: Schedule, validation: Validation | None, block_size: int) -> None:
@@ -309,6 +342,26 @@ def place_table(step: Step) -> str:
   )
 
 
+def drawn_examples(dataset: Dataset, number: int, most: int, seed: int) -> list[int]:
+  """The examples of the run's dataset of this number that its checkpoint reads first."""
+  count = len(dataset.lengths)
+  return np.random.default_rng([seed, number]).permutation(count)[:most].tolist()
+
+
+def own_outputs(
+    folder: Path, generator: Generator, datasets: Sequence[Dataset], rates: Sequence[float],
+    max_examples: int, batch_size: int, lengths: Mapping[str, int], seed: int,
+) -> list[Dataset]:
+  """The checkpoint's outputs on each dataset with a rate above 0, decoded where they aren't."""
+  return [
+      distil(
+          folder / str(number), generator, dataset, batch_size=batch_size,
+          examples=drawn_examples(dataset, number, max_examples, seed), **lengths,
+      )
+      for number, (dataset, rate) in enumerate(zip(datasets, rates)) if rate
+  ]
+
+
 def cached_states(
     folder: Path, step: Step, initial_params, datasets: Sequence[Dataset], mode: str,
     vocabulary: Vocabulary, max_states: int, batch_size: int, lengths: Mapping[str, int],
@@ -319,8 +372,7 @@ def cached_states(
   for number, dataset in enumerate(datasets):
     path = folder / str(number)
     if not path.is_dir():
-      count = len(dataset.lengths)
-      examples = np.random.default_rng([seed, number]).permutation(count)[:max_states].tolist()
+      examples = drawn_examples(dataset, number, max_states, seed)
       params = initial_params()
       if mode == "distill":
         generator = Generator(step.config, params, step.partitioning, vocabulary)

@@ -162,6 +162,20 @@ def test_packed_rows_hold_segments_with_their_own_starts():
     assert batch[name].tolist() == [row, [0] * len(row)]
 
 
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_own_outputs_are_marked(is_packed):
+  batches = make(
+      [Numbers("a", 7), Numbers("own", 5, start=100)], is_packed=is_packed, num_outputs=1,
+      rates=[3, 1],
+  )
+  batch = batches.batch(1)
+  mask, targets = batch["decoder_output_mask"], batch["decoder_target_tokens"]
+  assert mask.dtype == bool and (mask[targets >= 100]).all() and (targets >= 100).any()
+  # The EOS of an output is its own as well, and nothing else is.
+  assert mask.sum() == 2 * (targets >= 100).sum()
+  assert "decoder_output_mask" not in make([Numbers("a", 7)]).batch(1)
+
+
 def test_long_inputs_end_in_eos_and_long_targets_dont():
   row = np.array([5, 6, 7, 8, 1])
   batch = assemble([[(row, row)]], 3, 3)

@@ -22,7 +22,7 @@ from bpd_jax.training.loss import (
     head_losses,
     head_targets,
     Loss,
-    repeatable,
+    repetitions,
     unlikelihood,
 )
 from bpd_jax.training.optimizer import Optimizer
@@ -141,15 +141,65 @@ def test_head_targets_stay_in_their_segment():
 
 def test_only_earlier_tokens_of_the_text_are_repetitions():
   targets, segments = jnp.array([[1, 2, 1, 3, 3, 1, 0]]), jnp.array([[1, 1, 1, 1, 2, 2, 0]])
-  repeats = np.array(repeatable(targets, segments))[0]
-  tokens = [np.array(targets)[0, row].tolist() for row in repeats]
+  found = np.array(repetitions(targets, segments))[0]
+  tokens = [np.array(targets)[0, row].tolist() for row in found]
   assert tokens == [[], [1], [2], [1, 2], [], [3], []]
+
+
+def test_in_own_outputs_only_ends_of_repeated_3_grams_are_repetitions():
+  # A text; an output with 1 2 3 and 2 3 4 twice, and one with a run; its first tokens end
+  # no 3-gram of the output before.
+  targets = [1, 2, 1] + [1, 2, 3, 4, 2, 1, 2, 3, 4, 3] + [4, 3, 5, 5, 5, 5]
+  segments = [1] * 3 + [2] * 10 + [3] * 6
+  found = np.array(repetitions(
+      jnp.array([targets]), jnp.array([segments]), jnp.array([segments]) > 1
+  ))[0]
+  for t in range(3, len(targets)):
+    first = segments.index(segments[t])
+    grams = {tuple(targets[i - 2 : i + 1]) for i in range(first + 2, t)}
+    is_repeated = t >= first + 2 and tuple(targets[t - 2 : t + 1]) in grams
+    assert np.flatnonzero(found[t]).tolist() == [t] * is_repeated, t
+  assert found[3:].sum() == 3
+  assert [np.flatnonzero(row).tolist() for row in found[:3]] == [[], [0], [1]]
+
+
+def test_of_own_outputs_only_repetitions_count():
+  config = CONFIG.with_dtype("float64")
+  params, loss = random_params(config), Loss(unlikelihood=0.7)
+  batch = random_batch(4, vocab_size=4, lengths=(9, 30))
+  is_output = np.arange(4)[:, None] > 1
+  mixed = {**batch, "decoder_output_mask": np.broadcast_to(is_output, (4, 30))}
+  grads, metrics = gradients(config, params, mixed, loss=loss)
+  texts = {name: rows[:2] for name, rows in batch.items()}
+
+  def plain(params):
+    model, rest = EncoderDecoder(config, single_device()), slice(2, None)
+    mask = batch["encoder_segment_ids"][rest] > 0
+    apply = functools.partial(model.apply, {"params": params})
+    encoded = apply(batch["encoder_input_tokens"][rest], mask, method="encode")
+    hidden = apply(encoded, mask, batch["decoder_input_tokens"][rest], method="decode")
+    probs = jax.nn.softmax(apply(hidden, method="logits"))
+    total, number = 0.0, 0
+    for row, tokens in enumerate(batch["decoder_target_tokens"][rest].tolist()):
+      for t in range(2, (batch["decoder_segment_ids"][2 + row] > 0).sum()):
+        gram = tokens[t - 2 : t + 1]
+        if any(tokens[s - 2 : s + 1] == gram for s in range(2, t)):
+          total -= jnp.log1p(-probs[row, t, tokens[t]])
+          number += 1
+    assert number > 2
+    count = (texts["decoder_segment_ids"] > 0).sum()
+    return plain_loss(config, params, texts, loss) + loss.unlikelihood * total / count
+
+  value, expected = jax.jit(jax.value_and_grad(plain))(params)
+  np.testing.assert_allclose(metrics["loss"], value, rtol=1e-12)
+  assert largest_difference(grads, expected) < 1e-12
+  assert metrics["count"][0] == (texts["decoder_segment_ids"] > 0).sum()
 
 
 def test_unlikelihood_of_a_certain_repetition_is_finite():
   targets, segments = jnp.array([[1, 2]]), jnp.array([[1, 1]])
   value_and_grad = jax.value_and_grad(
-      lambda logits: unlikelihood(logits, targets, repeatable(targets, segments)).sum()
+      lambda logits: unlikelihood(logits, targets, repetitions(targets, segments))
   )
   # Token 1 again, as surely as the type can say.
   value, grad = value_and_grad(jnp.full([1, 2, 4], -1e4).at[:, :, 1].set(1e4))

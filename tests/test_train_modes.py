@@ -8,13 +8,13 @@ import jax
 import numpy as np
 import pytest
 from train_runs import (
-  arguments,
-  assert_same,
-  cut,
-  error_of,
-  HEADS_FILES,
-  last_state,
-  run,
+    arguments,
+    assert_same,
+    cut,
+    error_of,
+    HEADS_FILES,
+    last_state,
+    run,
 )
 
 from bpd_jax import generation
@@ -167,6 +167,38 @@ def test_distillation_goes_on_where_it_was_killed(
   assert go_on() == 0
   assert calls == []
   assert_same(last_state(tmp_path)[1], last_state(distilled_run)[1])
+
+
+def go_on(rows, base, workdir, **options):
+  """Arguments of a joint run from the base model that learns from its outputs."""
+  return arguments(rows, workdir, **{
+      "VOCABULARY": str(rows / "tokenizer_config.json"), "train__config": None,
+      "train__checkpoint": str(base), "train__max_states": 10, "RATES": [1.0],
+      "train__output_rates": [0.5], "Loss__unlikelihood": 1.0, "STEPS": 2, "LOG_EVERY": 1,
+      "NUM_DECODED": 0, **options,
+  })
+
+
+def test_own_outputs_are_decoded_once_and_mixed_in(rows, base, tmp_path, monkeypatch):
+  assert run(go_on(rows, base, tmp_path)) == 0
+  cache = TokenCache(tmp_path / "outputs/0/part_00000")
+  drawn = np.random.default_rng([0, 0]).permutation(40)[:10]
+  assert [cache[i][0].tolist() for i in range(len(cache))] == [
+      encoded(rows, "inputs")[i] for i in drawn
+  ]
+  monkeypatch.setattr(generation.Generator, "generate", lambda *_, **__: pytest.fail("again"))
+  assert run(go_on(rows, base, tmp_path, STEPS=3)) == 0
+  assert last_state(tmp_path)[0] == 3
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"Loss__unlikelihood": 0.0}, r"Loss\.unlikelihood = 0\.0: allowed is above 0"),
+    ({"train__output_rates": [0.5, 0.5]}, r"train\.output_rates = \[0\.5, 0\.5\]: .* as many as"),
+    ({"train__output_rates": [-0.5]}, r"train\.output_rates = \[-0\.5\]: .* from 0"),
+    ({"train__mode": "heads_only", "train__block_size": 3}, r"train\.output_rates = .*'joint'"),
+])
+def test_own_outputs_that_nothing_learns_from(rows, base, tmp_path, capsys, options, message):
+  assert re.match(message, error_of(go_on(rows, base, tmp_path / "run", **options), capsys))
 
 
 CHECKPOINTS = {

@@ -27,6 +27,8 @@ MOST_SKIPPED = 0.01
 # decoder_input_tokens [batch, target length] int32, targets after a start token 0
 # decoder_target_tokens [batch, target length] int32
 # decoder_segment_ids [batch, target length] int32
+# decoder_output_mask [batch, target length] bool, where targets are a model's own
+#   outputs; only in a mixture that has some
 Batch = dict[str, np.ndarray]
 
 
@@ -67,6 +69,7 @@ class Batches:
       seed: int = 0,
       process_index: int = 0,
       process_count: int = 1,
+      num_outputs: int = 0,
   ):
     """Plans the rows.
 
@@ -84,6 +87,8 @@ class Batches:
       seed: of all orders.
       process_index: which of the processes this is; it gets its rows only.
       process_count: how many share a batch.
+      num_outputs: how many of the datasets, the last ones, have a model's own outputs
+        for targets.
 
     Raises:
       InputError: naming the argument.
@@ -99,6 +104,7 @@ class Batches:
     self.datasets = list(datasets)
     self._shape = (input_length, target_length)
     self._eos_id = eos_id
+    self._first_output = len(datasets) - num_outputs
     self._seed = seed
     local = batch_size // process_count
     self._places = range(process_index * local, (process_index + 1) * local)
@@ -111,8 +117,16 @@ class Batches:
 
   def batch(self, step: int) -> Batch:
     """This process's rows of a step, from 0 on."""
-    rows = [[self.datasets[which][i] for which, i in row] for row in self.rows(step)]
-    return assemble(rows, *self._shape, eos_id=self._eos_id)
+    rows = self.rows(step)
+    examples = [[self.datasets[which][i] for which, i in row] for row in rows]
+    batch = assemble(examples, *self._shape, eos_id=self._eos_id)
+    if self._first_output < len(self.datasets):
+      by_segment = [[False, *(which >= self._first_output for which, _ in row)] for row in rows]
+      batch["decoder_output_mask"] = np.stack([
+          np.array(flags)[segments]
+          for flags, segments in zip(by_segment, batch["decoder_segment_ids"])
+      ])
+    return batch
 
   def rows(self, step: int) -> list[list[tuple[int, int]]]:
     """What stands in this process's rows of a step: (dataset, example), in order."""

@@ -19,6 +19,10 @@ from bpd_jax.errors import InputError
 
 Array = jax.Array
 
+# Tokens of an n-gram that must not come twice in a model's own outputs; looping rows are
+# counted by the same.
+REPEATED = 3
+
 
 @dataclasses.dataclass(frozen=True)
 class Loss:
@@ -34,9 +38,10 @@ class Loss:
     draft_stride: parallel heads learn on one position of every so many, drawn each
       step, and head 1 on all: the expected gradient is the same and the parallel heads
       take that many times less. Not with `one_random_head`.
-    unlikelihood: weight of -Σ_c log(1 - p_c) of head 1, over the tokens c that came
-      before in the text and don't come now (Welleck et al. 2020, §5.1): greedy
-      decoding loops less. Not with `one_random_head`.
+    unlikelihood: weight of -Σ_c log(1 - p_c) of head 1: over the tokens c that came
+      before in the text and don't come now, and in a model's own outputs over those
+      that end a repeated 3-gram (Welleck et al. 2020, §5). Greedy decoding then
+      loops less. Not with `one_random_head`.
   """
 
   head_weights: tuple[float, ...] | None = None
@@ -131,46 +136,57 @@ def cross_entropy(
   return loss + z_loss * jnp.square(log_z), nll
 
 
-def repeatable(targets: Array, segments: Array) -> Array:
-  """Which earlier tokens of a text would be a repetition at each position.
+def repetitions(targets: Array, segments: Array, is_output: Array | None = None) -> Array:
+  """Which earlier tokens of a text must not come at each position.
 
-    targets  a b a c     at c: a, b (a once, though it came twice)
-                         at the second a: b
+    targets    a b a c     at c: a, b (a once, though it came twice)
+                           at the second a: b
+    an output  a b c a b c at the second c: c, which ends a repeated 3-gram
 
   Args:
     targets: [batch, length] int32, of head 1.
     segments: [batch, length] int32, 0 where nothing is.
+    is_output: [batch, length] bool, where the text is a model's own; None is nowhere.
 
   Returns:
-    [batch, length, length] bool: whether the token of the column is an earlier one of
-    the row's segment, isn't the row's target, and has no column before it.
+    [batch, length, length] bool: whether the token of the column is one of them at the
+    row. Of a text to be learned these are all earlier ones but the target, each at its
+    first place; of an own output the token itself, where it repeats `REPEATED` tokens.
   """
-  earlier = jnp.tri(targets.shape[1], k=-1, dtype=bool) & (
-      segments[:, :, None] == segments[:, None, :]
-  )
-  is_same = targets[:, :, None] == targets[:, None, :]
+  same_segment = (segments[:, :, None] == segments[:, None, :]) & (segments[:, :, None] > 0)
+  earlier = same_segment & jnp.tri(targets.shape[1], k=-1, dtype=bool)
+  is_same = same_segment & (targets[:, :, None] == targets[:, None, :])
   is_first = ~jnp.any(earlier & is_same, axis=2)
-  return earlier & ~is_same & is_first[:, None, :] & (segments[:, :, None] > 0)
+  found = earlier & ~is_same & is_first[:, None, :]
+  if is_output is None:
+    return found
+  matches = shifted = is_same
+  for _ in range(REPEATED - 1):
+    shifted = jnp.pad(shifted[:, :-1, :-1], ((0, 0), (1, 0), (1, 0)))
+    matches &= shifted
+  ends = jnp.any(earlier & matches, axis=2)
+  own = ends[:, :, None] & jnp.eye(targets.shape[1], dtype=bool)
+  return jnp.where(is_output[:, :, None], own, found)
 
 
-def unlikelihood(logits: Array, targets: Array, repeats: Array) -> Array:
-  """-Σ_c log(1 - p_c) over the tokens that would be repetitions, at each position.
+def unlikelihood(logits: Array, targets: Array, weights: Array) -> Array:
+  """Σ of weight × -log(1 - p) over the tokens that must not come, at each position.
 
   Args:
     logits: [batch, length, vocab].
     targets: [batch, length] int32, of head 1.
-    repeats: [batch, length, length] bool, of `repeatable`.
+    weights: [batch, length, length], of the column's token at the row; 0 where it may come.
 
   Returns:
-    [batch, length] of the logits' dtype.
+    A number of the logits' dtype.
   """
-  columns = jnp.broadcast_to(targets[:, None, :], repeats.shape)
+  columns = jnp.broadcast_to(targets[:, None, :], weights.shape)
   log_p = jnp.take_along_axis(logits, columns, axis=-1) - jax.nn.logsumexp(
       logits, axis=-1, keepdims=True
   )
   # Where p rounds to 1 nothing finite would be left of log(1 - p).
-  log_p = jnp.minimum(jnp.where(repeats, log_p, -1.0), -jnp.finfo(logits.dtype).eps)
-  return -jnp.sum(jnp.where(repeats, jnp.log(-jnp.expm1(log_p)), 0), axis=-1)
+  log_p = jnp.minimum(jnp.where(weights > 0, log_p, -1.0), -jnp.finfo(logits.dtype).eps)
+  return -jnp.sum(weights.astype(logits.dtype) * jnp.log(-jnp.expm1(log_p)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -181,36 +197,34 @@ def weighted_cross_entropy(
     kernel: Array,
     targets: Array,
     weights: Array,
-    repeats: Array | None = None,
+    repetition_weights: Array | None = None,
 ) -> tuple[Array, dict[str, Array]]:
   """Σ over heads and positions of weight × cross-entropy.
 
   Args:
     project: (state, kernel) -> logits, [..., d] -> [..., vocab].
-    loss: smoothing, z-loss and the weight of the unlikelihood.
+    loss: smoothing and z-loss.
     states: [heads, batch, length, d].
     kernel: of the output projection.
     targets: [heads, batch, length] int32.
     weights: [heads, batch, length]; 0 where there is no target.
-    repeats: [batch, length, length] bool, of `repeatable`, where the heads are head 1
-      alone and its unlikelihood counts as well.
+    repetition_weights: [batch, length, length], as `unlikelihood` takes them, which is
+      added; where the heads are head 1 alone.
 
   Returns:
     The sum, and what metrics need: sums over the positions of weight above 0 of
     `nll` and `correct`, and their number `count`, each [heads]. Only the first is
     differentiated, with respect to states and kernel.
   """
-  head = functools.partial(_head_loss, project, loss, repeats)
+  head = functools.partial(_head_loss, project, loss, repetition_weights)
   totals, sums = jax.lax.map(lambda x: head(x[0], kernel, *x[1:]), (states, targets, weights))
   return totals.sum(), sums
 
 
-def _head_loss(project, loss: Loss, repeats, state, kernel, targets, weights):
+def _head_loss(project, loss: Loss, repetition_weights, state, kernel, targets, weights):
   """One head of `weighted_cross_entropy`."""
   logits = project(state, kernel)
   values, nll = cross_entropy(logits, targets, loss.label_smoothing, loss.z_loss)
-  if repeats is not None:
-    values += loss.unlikelihood * unlikelihood(logits, targets, repeats)
   has_target = weights > 0
   count = lambda x: jnp.sum(jnp.where(has_target, x, 0), dtype=logits.dtype)
   best = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
@@ -218,12 +232,15 @@ def _head_loss(project, loss: Loss, repeats, state, kernel, targets, weights):
   sums = {
       "nll": count(nll), "correct": count(is_correct), "count": count(has_target),
   }
-  return jnp.sum(values * weights.astype(values.dtype)), sums
+  total = jnp.sum(values * weights.astype(values.dtype))
+  if repetition_weights is not None:
+    total += unlikelihood(logits, targets, repetition_weights)
+  return total, sums
 
 
-def _forward(project, loss, states, kernel, targets, weights, repeats):
+def _forward(project, loss, states, kernel, targets, weights, repetition_weights):
   grad = jax.value_and_grad(
-      functools.partial(_head_loss, project, loss, repeats), argnums=(0, 1), has_aux=True
+      functools.partial(_head_loss, project, loss, repetition_weights), argnums=(0, 1), has_aux=True
   )
 
   def body(kernel_grad, x):

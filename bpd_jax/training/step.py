@@ -23,7 +23,7 @@ from bpd_jax.training.loss import (
     head_targets,
     Loss,
     normalised_weights,
-    repeatable,
+    repetitions,
     weighted_cross_entropy,
 )
 from bpd_jax.training.optimizer import Optimizer
@@ -131,6 +131,7 @@ class Step:
       state: given up.
       batch: arrays of `bpd_jax.data.batches.Batch`, placed by `place_batch`; instead
         of the encoder's, `hidden` [batch, length, d_model] where the base is frozen.
+        Of own outputs only the unlikelihood counts.
       key: of the run; what is drawn depends on it and on the step's number.
 
     Returns:
@@ -154,6 +155,9 @@ class Step:
     targets, masks = head_targets(
         batch["decoder_target_tokens"], batch["decoder_segment_ids"], block_size
     )
+    is_output = batch.get("decoder_output_mask")
+    if is_output is not None:
+      masks &= ~is_output
     keys = jax.random.split(key)
     chosen = positions = None
     if self._loss.draft_stride > 1 and block_size > 1:
@@ -170,13 +174,18 @@ class Step:
       targets, masks, counts = take(targets), take(masks), take(counts)
       head_weights = take(head_weights) * block_size
     weights = normalised_weights(masks, head_weights, counts)
+    repetition_weights = None
+    if self._loss.unlikelihood:
+      found = repetitions(targets[0], batch["decoder_segment_ids"], is_output)
+      each = self._loss.unlikelihood * head_weights[0] / jnp.maximum(counts[0], 1)
+      repetition_weights = jnp.where(found, each, 0)
     trained, frozen = self._split(params)
     split = functools.partial(_split_batch, num_parts=num_parts)
     # The batch is the second axis of what is by head.
     by_head = jax.vmap(split, in_axes=0, out_axes=1)
     parts = (
         jax.tree.map(split, batch), by_head(targets), by_head(weights),
-        jax.random.split(keys[0], num_parts),
+        jax.tree.map(split, repetition_weights), jax.random.split(keys[0], num_parts),
     )
     grad = jax.value_and_grad(self._part_loss, has_aux=True)
 
@@ -198,22 +207,21 @@ class Step:
       metrics["loss"] = loss
     return grads, metrics
 
-  def _part_loss(self, trained, frozen, chosen, positions, batch, targets, weights, key):
+  def _part_loss(
+      self, trained, frozen, chosen, positions, batch, targets, weights, repetition_weights, key
+  ):
     """The part of the loss that a microbatch contributes."""
     params = {**trained, **frozen}
     is_training = self._mode == "joint" and self.config.dropout_rate > 0
     hidden = self._hidden(params, batch, key if is_training else None)
-    entropy = lambda states, targets, weights, repeats=None: weighted_cross_entropy(
-        self._project, self._loss, states, self._kernel(params), targets, weights, repeats
+    entropy = lambda states, *rest: weighted_cross_entropy(
+        self._project, self._loss, states, self._kernel(params), *rest
     )
     if chosen is not None:
       # Head 1 reads the state as it is.
       other = self._read_heads(params, hidden, which=jnp.maximum(chosen + 1, 2))
       return entropy(jnp.where(chosen > 0, other, hidden[None]), targets, weights)
-    repeats = None
-    if self._loss.unlikelihood:
-      repeats = repeatable(targets[0], batch["decoder_segment_ids"])
-    loss, sums = entropy(hidden[None], targets[:1], weights[:1], repeats)
+    loss, sums = entropy(hidden[None], targets[:1], weights[:1], repetition_weights)
     if self.config.block_size == 1:
       return loss, sums
     at = lambda x, axis: x
