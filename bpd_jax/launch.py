@@ -1,7 +1,8 @@
 """How every entry point starts: `run(main)` under `if __name__ == "__main__"`.
 
 An `InputError` becomes one line on stderr and exit status 2, as argparse does
-with its own; anything else is a bug and keeps its traceback. Entry points that
+with its own, and so does an argument that gin has no value for; anything else is
+a bug and keeps its traceback. Entry points that
 are configured by gin call `read_gin` first.
 """
 
@@ -17,6 +18,11 @@ from typing import NoReturn
 from bpd_jax.errors import InputError
 
 GIN_USAGE = "[--gin_file=FILE …] [--gin.NAME=VALUE …]"
+# As gin says that a call had no value for an argument.
+_MISSING = re.compile(
+    r"No values supplied by Gin or caller for arguments: (?P<arguments>.*)"
+    r"[\s\S]*In call to configurable '(?P<name>[^']*)' \(.*\)(?: in scope '(?P<scope>[^']*)')?"
+)
 _STRING = re.compile(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*\"""")
 
 
@@ -32,7 +38,13 @@ def run(
   """
   try:
     status = main(sys.argv[1:] if argv is None else argv)
-  except InputError as error:
+  except (InputError, TypeError) as error:
+    if isinstance(error, TypeError):
+      missing = _MISSING.search(str(error))
+      if missing is None:
+        raise
+      name = f"gin {missing['scope'] + '/' if missing['scope'] else ''}{missing['name']}"
+      error = InputError(name, "absent", f"one with values for {missing['arguments']}")
     # What libraries had begun when they failed isn't reported as well.
     sys.unraisablehook = lambda unraisable: None
     print_error(error)

@@ -169,6 +169,27 @@ def test_bad_value_of_a_config_names_the_field(capsys):
   assert "ModelConfig.block_size = 0: allowed is a positive integer" in capsys.readouterr().err
 
 
+def test_a_configurable_without_a_value_is_named_with_its_scope(capsys):
+  importlib.import_module("bpd_jax.evaluate")
+
+  def main(argv):
+    read_gin(argv, "program", "does")
+    gin.query_parameter("evaluate.tasks")[0].scoped_configurable_fn()
+
+  # A scope that nothing is bound for, as where it is misspelt.
+  options = ["--gin_file=gin/runs/evaluate.gin", "--gin.CHECKPOINT='m'", "--gin.OUTPUT='o'",
+             "--gin.evaluate.tasks=[@sumary/RowsTask()]"]
+  with pytest.raises(SystemExit) as ended:
+    launch.run(main, options)
+  assert ended.value.code == 2
+  assert capsys.readouterr().err == (
+      "error: gin sumary/RowsTask = 'absent': allowed is one with values for ['name']\n"
+  )
+  # Another TypeError is a bug and says so.
+  with pytest.raises(TypeError):
+    launch.run(lambda argv: int(argv), [])
+
+
 def test_help_lists_macros_with_values(capsys):
   with pytest.raises(SystemExit) as ended:
     read_gin([f"--gin_file={TINY}", "--gin.BLOCK_SIZE=%gin.REQUIRED", "--help"], "program", "does")
