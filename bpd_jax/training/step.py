@@ -107,6 +107,7 @@ class Step:
     self._head_weights = loss.weights(config.block_size)
     self._num_microbatches = num_microbatches
     self._average_decay = average_decay
+    self._has_dropout = mode == "joint" and config.dropout_rate > 0
     self._model = EncoderDecoder(config, partitioning)
     self._transform = optimizer.make()
     params = abstract_params(config, partitioning)
@@ -159,7 +160,7 @@ class Step:
     if is_output is not None:
       masks &= ~is_output
     keys = jax.random.split(key)
-    chosen = positions = None
+    positions = None
     if self._loss.draft_stride > 1 and block_size > 1:
       length, stride = masks.shape[2], self._loss.draft_stride
       positions = jax.random.randint(keys[1], [], 0, stride) + jnp.arange(0, length, stride)
@@ -167,12 +168,14 @@ class Step:
       masks = masks.at[1:].set(masks[1:] & is_drawn)
     counts = masks.sum(axis=(1, 2), dtype=dtype)
     head_weights = jnp.asarray(self._head_weights, dtype)
+    part_loss = functools.partial(self._heads_loss, positions)
     if self._loss.one_random_head:
       # In proportion to nothing: what each head weighs is in its λ.
       chosen = jax.random.randint(keys[1], [], 0, block_size)
       take = lambda x: jax.lax.dynamic_slice_in_dim(x, chosen, 1)
       targets, masks, counts = take(targets), take(masks), take(counts)
       head_weights = take(head_weights) * block_size
+      part_loss = functools.partial(self._one_head_loss, chosen)
     weights = normalised_weights(masks, head_weights, counts)
     repetition_weights = None
     if self._loss.unlikelihood:
@@ -187,10 +190,10 @@ class Step:
         jax.tree.map(split, batch), by_head(targets), by_head(weights),
         jax.tree.map(split, repetition_weights), jax.random.split(keys[0], num_parts),
     )
-    grad = jax.value_and_grad(self._part_loss, has_aux=True)
+    grad = jax.value_and_grad(part_loss, has_aux=True)
 
     def body(total, part):
-      (loss, sums), grads = grad(trained, frozen, chosen, positions, *part)
+      (loss, sums), grads = grad(trained, frozen, *part)
       return jax.tree.map(jnp.add, total, (grads, {"loss": loss, **sums})), None
 
     zeros = jnp.zeros([len(counts)], dtype)
@@ -200,28 +203,34 @@ class Step:
       (grads, metrics), _ = body(start, jax.tree.map(lambda x: x[0], parts))
     else:
       (grads, metrics), _ = jax.lax.scan(body, start, parts)
-    if chosen is not None:
+    if self._loss.one_random_head:
       loss = metrics.pop("loss")
       metrics = {name: jnp.zeros([block_size], dtype).at[chosen].set(x[0])
                  for name, x in metrics.items()}
       metrics["loss"] = loss
     return grads, metrics
 
-  def _part_loss(
-      self, trained, frozen, chosen, positions, batch, targets, weights, repetition_weights, key
+  def _one_head_loss(
+      self, chosen, trained, frozen, batch, targets, weights, repetition_weights, key
   ):
-    """The part of the loss that a microbatch contributes."""
+    """What a microbatch adds to the loss of head `chosen` + 1 alone."""
+    del repetition_weights  # None, with one head.
     params = {**trained, **frozen}
-    is_training = self._mode == "joint" and self.config.dropout_rate > 0
-    hidden = self._hidden(params, batch, key if is_training else None)
-    entropy = lambda states, *rest: weighted_cross_entropy(
-        self._project, self._loss, states, self._kernel(params), *rest
+    hidden = self._hidden(params, batch, key if self._has_dropout else None)
+    # Head 1 reads the state as it is.
+    other = self._read_heads(params, hidden, which=jnp.maximum(chosen + 1, 2))
+    states = jnp.where(chosen > 0, other, hidden[None])
+    return self._entropy(params, states, targets, weights)
+
+  def _heads_loss(
+      self, positions, trained, frozen, batch, targets, weights, repetition_weights, key
+  ):
+    """What a microbatch adds to the loss, drafts read at some positions; None is at all."""
+    params = {**trained, **frozen}
+    hidden = self._hidden(params, batch, key if self._has_dropout else None)
+    loss, sums = self._entropy(
+        params, hidden[None], targets[:1], weights[:1], repetition_weights
     )
-    if chosen is not None:
-      # Head 1 reads the state as it is.
-      other = self._read_heads(params, hidden, which=jnp.maximum(chosen + 1, 2))
-      return entropy(jnp.where(chosen > 0, other, hidden[None]), targets, weights)
-    loss, sums = entropy(hidden[None], targets[:1], weights[:1], repetition_weights)
     if self.config.block_size == 1:
       return loss, sums
     at = lambda x, axis: x
@@ -229,9 +238,17 @@ class Step:
       # The last position may be past the end; the one read in its place has no weight.
       at = lambda x, axis: jnp.take(x, positions, axis, mode="clip")
     drafts = self._read_heads(params, at(hidden, 1))
-    draft_loss, draft_sums = entropy(drafts, at(targets[1:], 2), at(weights[1:], 2))
+    draft_loss, draft_sums = self._entropy(
+        params, drafts, at(targets[1:], 2), at(weights[1:], 2)
+    )
     return loss + draft_loss, jax.tree.map(
         lambda x, y: jnp.concatenate([x, y]), sums, draft_sums
+    )
+
+  def _entropy(self, params, states, targets, weights, repetition_weights=None):
+    return weighted_cross_entropy(
+        self._project, self._loss, states, self._kernel(params), targets, weights,
+        repetition_weights,
     )
 
   def _sums(self, params, batch):
