@@ -2,8 +2,8 @@
 
 An `InputError` becomes one line on stderr and exit status 2, as argparse does
 with its own, and so does an argument that gin has no value for; anything else is
-a bug and keeps its traceback. Entry points that
-are configured by gin call `read_gin` first.
+a bug and keeps its traceback. Entry points that are configured by gin call
+`read_gin` first.
 """
 
 import argparse
@@ -39,17 +39,24 @@ def run(
   try:
     status = main(sys.argv[1:] if argv is None else argv)
   except (InputError, TypeError) as error:
-    if isinstance(error, TypeError):
-      missing = _MISSING.search(str(error))
-      if missing is None:
-        raise
-      name = f"gin {missing['scope'] + '/' if missing['scope'] else ''}{missing['name']}"
-      error = InputError(name, "absent", f"one with values for {missing['arguments']}")
+    if not isinstance(error, InputError):
+      error = _as_missing(error)
     # What libraries had begun when they failed isn't reported as well.
     sys.unraisablehook = lambda unraisable: None
     print_error(error)
     status = 2
   sys.exit(status)
+
+
+def _as_missing(error: TypeError) -> InputError:
+  """The InputError for an argument without a value in gin; raises any other error again."""
+  found = _MISSING.search(str(error))
+  if found is None:
+    raise error
+  scope = found["scope"] + "/" if found["scope"] else ""
+  return InputError(
+      f"gin {scope}{found['name']}", "absent", f"one with values for {found['arguments']}"
+  )
 
 
 def print_error(error: Exception) -> None:

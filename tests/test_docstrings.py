@@ -144,7 +144,7 @@ def change(environment, tmp_path):
   """A copy of an environment to spoil, and its folder of packages."""
   packages = tmp_path / "packages"
   shutil.copytree(environment.search_path[0], packages)
-  return Environment((str(packages),), environment.library, "3.99.1"), packages
+  return Environment((str(packages),), environment.stdlib, "3.99.1"), packages
 
 
 def test_changed_file_is_named_with_both_hashes(tmp_path, manifest, environment):

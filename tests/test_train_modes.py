@@ -169,7 +169,7 @@ def test_distillation_goes_on_where_it_was_killed(
   assert_same(last_state(tmp_path)[1], last_state(distilled_run)[1])
 
 
-def go_on(rows, base, workdir, **options):
+def with_outputs(rows, base, workdir, **options):
   """Arguments of a joint run from the base model that learns from its outputs."""
   return arguments(rows, workdir, **{
       "VOCABULARY": str(rows / "tokenizer_config.json"), "train__config": None,
@@ -180,14 +180,14 @@ def go_on(rows, base, workdir, **options):
 
 
 def test_own_outputs_are_decoded_once_and_mixed_in(rows, base, tmp_path, monkeypatch):
-  assert run(go_on(rows, base, tmp_path)) == 0
+  assert run(with_outputs(rows, base, tmp_path)) == 0
   cache = TokenCache(tmp_path / "outputs/0/part_00000")
   drawn = np.random.default_rng([0, 0]).permutation(40)[:10]
   assert [cache[i][0].tolist() for i in range(len(cache))] == [
       encoded(rows, "inputs")[i] for i in drawn
   ]
   monkeypatch.setattr(generation.Generator, "generate", lambda *_, **__: pytest.fail("again"))
-  assert run(go_on(rows, base, tmp_path, STEPS=3)) == 0
+  assert run(with_outputs(rows, base, tmp_path, STEPS=3)) == 0
   assert last_state(tmp_path)[0] == 3
 
 
@@ -198,7 +198,7 @@ def test_own_outputs_are_decoded_once_and_mixed_in(rows, base, tmp_path, monkeyp
     ({"train__mode": "heads_only", "train__block_size": 3}, r"train\.output_rates = .*'joint'"),
 ])
 def test_own_outputs_that_nothing_learns_from(rows, base, tmp_path, capsys, options, message):
-  assert re.match(message, error_of(go_on(rows, base, tmp_path / "run", **options), capsys))
+  assert re.match(message, error_of(with_outputs(rows, base, tmp_path / "run", **options), capsys))
 
 
 CHECKPOINTS = {

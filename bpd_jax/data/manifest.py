@@ -30,12 +30,12 @@ class Environment:
 
   Attributes:
     search_path: folders that packages are installed in, the first match wins.
-    library: folder of the standard library.
+    stdlib: folder of the standard library.
     python_version: its version.
   """
 
   search_path: tuple[str, ...] = dataclasses.field(default_factory=lambda: tuple(sys.path))
-  library: str = dataclasses.field(default_factory=lambda: sysconfig.get_path("stdlib"))
+  stdlib: str = dataclasses.field(default_factory=lambda: sysconfig.get_path("stdlib"))
   python_version: str = dataclasses.field(default_factory=platform.python_version)
 
   def version(self, distribution: str) -> str | None:
@@ -48,7 +48,7 @@ class Environment:
   def files(self, distribution: str) -> dict[str, Path]:
     """Files that the corpus could read, by their path in the manifest, sorted."""
     if distribution == STANDARD_LIBRARY:
-      root = Path(self.library)
+      root = Path(self.stdlib)
       found = {
           Path(folder, name).relative_to(root).as_posix(): Path(folder, name)
           for folder, _, names in os.walk(root) for name in names
