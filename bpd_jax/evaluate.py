@@ -232,7 +232,8 @@ def _write_report(
   for task in track(results["tasks"], "analysis", console=console):
     greedy = measured[task][GREEDY.name].generation
     recording = record(model, prompts[task], greedy, results["max_decode_length"])
-    analysis[task] = analyse_task(model, recording, methods, scoring[task])
+    live = {name: measurement.generation for name, measurement in measured[task].items()}
+    analysis[task] = analyse_task(model, recording, methods, scoring[task], live)
   write_object(folder / "analysis.json", analysis)
   page = make_report(results, analysis, model.vocabulary)
   (folder / "report.html").write_text(page, encoding="utf-8")

@@ -39,7 +39,8 @@ SHOWN = 4
 
 def analyse_task(
     generator: Generator, recording: Recording, methods: Sequence[Method],
-    scoring: Mapping[str, Sequence[Scoring]], num_decodes: int = 2,
+    scoring: Mapping[str, Sequence[Scoring]], live: Mapping[str, Generation],
+    num_decodes: int = 2,
 ) -> dict[str, Any]:
   """What a task's recording says of the heads and of every method that reads them.
 
@@ -48,12 +49,14 @@ def analyse_task(
     recording: of the reported rows.
     methods: those that don't draft with heads are left out.
     scoring: of each method by name.
+    live: what each method decoded of the same rows, by name.
     num_decodes: rows to watch, with plain drafts and with the last method that
       re-scores.
 
   Returns:
     Ready for JSON: `heads`, see `head_statistics`, with `rising_heads`; `methods`, for
-    each `block_efficiency`, `repetition`, `by_position`, `cost` (see `_cost`),
+    each `block_efficiency`, `replay_equals_live`, the share of the rows of which every
+    call emits what it did live, `repetition`, `by_position`, `cost` (see `_cost`),
     `against_plain` (see `compare_drafts`; absent without a plain method),
     `closed_distance` with its `_interval` (see there; absent without an oracle, None where
     that saves no call), and the same of rows that don't loop, `closed_distance_loop_free`;
@@ -73,6 +76,10 @@ def analyse_task(
     decoded = replay(generator, recording, **options[method.name])
     entry = {
         "block_efficiency": decoded.block_efficiency,
+        "replay_equals_live": float(np.mean([
+            [call.emitted for call in again] == [call.emitted for call in trace]
+            for again, trace in zip(decoded.traces, live[method.name].traces, strict=True)
+        ])),
         "repetition": describe_repetition(decoded),
         "by_position": efficiency_by_position(decoded),
         "cost": _cost(generator, recording, method, scoring[method.name], decoded),
@@ -211,13 +218,13 @@ def _method_table(methods: Mapping[str, Any], analysis: Mapping[str, Any]) -> st
         percent(repeats and repeats["consecutive"]),
         f"{repeats['longest_run']:.2f}" if repeats else "",
         *(percent(against.get(key)) for key in ("wins", "losses", "repairs", "regressions")),
-        percent(entry["proved_searches"]), weights,
+        percent(entry["proved_searches"]), percent(own.get("replay_equals_live")), weights,
     ])
   return _table([
       "method", "nodes", "block efficiency", "95 %", "loop-free", "of the way to the oracle",
       "loop-free", "speed-up", "ms a token", "weights, MB a token", "cache, MB a token",
       "MFLOP a token", "repeated pairs", "longest run", "wins", "losses", "repairs", "regressions",
-      "proved", "weights",
+      "proved", "replay is live", "weights",
   ], rows)
 
 
