@@ -1,6 +1,6 @@
 """Makes a small copy of a trained model: parameters in bfloat16, read back as float32.
 
-  python experiments/docstrings/ship.py runs/docstrings/heads/model experiments/docstrings/model
+  python experiments/docstrings/ship.py runs/docstrings/distill/model experiments/docstrings/model
 """
 
 from collections.abc import Sequence
