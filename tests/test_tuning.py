@@ -208,6 +208,7 @@ def check_report(folder, task, methods):
   assert set(own["methods"]) == set(methods) - {"greedy"}
   for name, entry in own["methods"].items():
     # Replay in another batch and program counts what live decoding counted.
+    assert entry["block_efficiency"] == pytest.approx(methods[name]["block_efficiency"], rel=0.02)
     assert entry["replay_equals_live"] >= 7 / 8
     if entry["replay_equals_live"] == 1:
       assert entry["block_efficiency"] == methods[name]["block_efficiency"]
