@@ -105,6 +105,11 @@ class Generation:
     return sum(map(len, self.tokens)) / max(sum(self.calls), 1)
 
 
+def input_bucket(longest: int, buckets: Sequence[int] = INPUT_BUCKETS) -> int:
+  """The length to pad prompts to, of which the longest has `longest` tokens."""
+  return min(bucket for bucket in buckets if bucket >= longest)
+
+
 class Generator:
   """A model ready to decode.
 
@@ -305,7 +310,7 @@ class Generator:
   ) -> loop.DecodeState:
     """Decodes one batch and brings what is read of it to the host."""
     longest = max(len(rows[i]) for i in batch)
-    input_length = min(bucket for bucket in buckets if bucket >= longest)
+    input_length = input_bucket(longest, buckets)
     tokens = np.full([batch_size, input_length], self.config.pad_id, np.int32)
     lengths = np.ones([batch_size], np.int32)
     row_limits = np.zeros([batch_size], np.int32)

@@ -29,6 +29,7 @@ from bpd_jax.evaluation.analysis import (
     rising_heads,
 )
 from bpd_jax.evaluation.replay import replay
+from bpd_jax.evaluation.scoring import OracleSource
 from bpd_jax.generation import Call, Generation
 
 
@@ -59,6 +60,19 @@ def test_heads_by_hand(base, recording):  # noqa: F811
     assert found["entropy"][head] == pytest.approx(np.mean(entropies), rel=1e-5)
   assert found["accuracy"][0] == 1  # Head 1 is what greedy follows.
   assert 0 < found["accuracy"][2] < 1
+
+
+@pytest.mark.parametrize("k", RECALLS[:3])
+@pytest.mark.parametrize("heads", range(2, H + 1))
+def test_the_oracle_of_ranks_is_the_replayed_oracle(base, recording, k, heads):  # noqa: F811
+  with jax.enable_x64(True):
+    found = head_statistics(base, recording)["oracle"]
+    scoring = OracleSource().make(base, MAX_LENGTH)
+    replayed = replay(
+        base, recording, block_size=heads, top_k=k, scoring=[scoring] if k > 1 else []
+    )
+  assert found[heads - 1][RECALLS.index(k)] == replayed.block_efficiency
+  assert found[0][RECALLS.index(k)] == 1  # Head 1 alone is greedy.
 
 
 def test_heads_that_rise():

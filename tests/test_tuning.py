@@ -25,6 +25,7 @@ from bpd_jax.decoding.rescoring import Scoring
 from bpd_jax.decoding.scorers.ngram import NgramScorer
 from bpd_jax.errors import InputError
 from bpd_jax.evaluate import evaluate
+from bpd_jax.evaluation.analysis import RECALLS
 from bpd_jax.evaluation.replay import count_calls, record
 from bpd_jax.evaluation.run import Method
 from bpd_jax.evaluation.scoring import CacheSource, load_scoring, NeuralSource, NgramSource
@@ -191,7 +192,11 @@ def check_tables(folder, task, methods):
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     assert cells[3] == f"{entry['block_efficiency'] / plain - 1:+.1%}"
     assert cells[4] == cells[7] == f"{1e3 / entry['tokens_per_second']:.2f}"
-  own = json.loads((folder / "analysis.json").read_text())[task]["methods"]["best16_4gram"]
+  analysis = json.loads((folder / "analysis.json").read_text())[task]
+  (line,) = (line for line in lines if line.startswith(f"| {task} | 16 | 1.00 | "))
+  oracle = [row[RECALLS.index(16)] for row in analysis["heads"]["oracle"]]
+  assert line.split(" | ")[2:] == [f"{x:.2f}" for x in oracle[:-1]] + [f"{oracle[-1]:.2f} |"]
+  own = analysis["methods"]["best16_4gram"]
   low, high = own["closed_distance_interval"]
   assert low <= own["closed_distance"] <= high
   assert any(
@@ -213,7 +218,9 @@ def check_report(folder, task, methods):
     if entry["replay_equals_live"] == 1:
       assert entry["block_efficiency"] == methods[name]["block_efficiency"]
     assert f"<td>{name}</td>" in page
-  assert own["methods"]["oracle_k4"]["closed_distance"] == 1
+  oracle = own["methods"]["oracle_k4"]
+  assert oracle["block_efficiency"] == own["heads"]["oracle"][-1][RECALLS.index(4)]
+  assert oracle["closed_distance"] == 1
   assert own["methods"]["blockwise"]["closed_distance"] == 0
   cost = {name: entry["cost"] for name, entry in own["methods"].items()}
   # A small model has weights of its own; n-grams only make calls fewer.

@@ -35,28 +35,39 @@ def head_statistics(generator: Generator, recording: Recording) -> dict[str, lis
   Returns:
     Lists by head, head 1 first: `positions`; `accuracy`; `entropy`, the mean in nats
     over the vocabulary; `recall`, a list for each head, of the k best for each k of
-    `RECALLS`.
+    `RECALLS`; `oracle`, the same of block efficiencies with so many heads, see
+    `oracle_calls`.
   """
-  sums = None
   model, view = generator.model, generator.view
+  ranks, entropies = [], []
   for first in range(0, len(recording), ROWS):
     part = np.arange(first, first + ROWS)
     chosen = np.minimum(part, len(recording) - 1)
     lengths = np.where(part < len(recording), recording.lengths[chosen], 0)
-    found = jax.device_get(
-        _head_sums(model, view, recording.hidden[chosen], recording.tokens[chosen], lengths)
+    rank, entropy = jax.device_get(
+        _head_ranks(model, view, recording.hidden[chosen], recording.tokens[chosen], lengths)
     )
-    sums = found if sums is None else jax.tree.map(np.add, sums, found)
-  count = sums["positions"]
-  recall = (sums["hits"] / count[:, None]).tolist()
+    ranks.append(rank)
+    entropies.append(entropy)
+  rank = np.concatenate(ranks)[: len(recording)]
+  positions = (rank >= 0).sum((0, 1))
+  hits = np.stack([((rank >= 0) & (rank < k)).sum((0, 1)) for k in RECALLS], axis=-1)
+  recall = (hits / positions[:, None]).tolist()
+  tokens = recording.lengths.sum()
   return {
-      "positions": count.astype(int).tolist(), "accuracy": [row[0] for row in recall],
-      "entropy": (sums["entropy"] / count).tolist(), "recall": recall,
+      "positions": positions.tolist(), "accuracy": [row[0] for row in recall],
+      "entropy": (np.sum(entropies, axis=0) / positions).tolist(), "recall": recall,
+      "oracle": [
+          [float(tokens / oracle_calls(rank[..., :heads], recording.lengths, k).sum())
+           for k in RECALLS]
+          for heads in range(1, len(positions) + 1)
+      ],
   }
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _head_sums(model, view, hidden, tokens, lengths):
+def _head_ranks(model, view, hidden, tokens, lengths):
+  """Ranks [rows, length, heads] of greedy's tokens, -1 where there is none; entropy [heads]."""
   apply = functools.partial(model.apply, {"params": view})
   batch, length, d = hidden.shape
   first = apply(hidden, method="logits")[:, :, None]
@@ -74,11 +85,35 @@ def _head_sums(model, view, hidden, tokens, lengths):
   rank = ((logits > own) | ((logits == own) & (index < right[..., None]))).sum(-1)
   logs = jax.nn.log_softmax(logits, axis=-1)
   entropy = -(jnp.exp(logs) * logs).sum(-1)
-  over = lambda x: jnp.where(has_token, x, 0).sum((0, 1)).astype(jnp.float32)
-  return {
-      "positions": over(jnp.ones_like(rank)), "entropy": over(entropy),
-      "hits": jnp.stack([over(rank < k) for k in RECALLS], axis=-1),
-  }
+  return jnp.where(has_token, rank, -1), jnp.where(has_token, entropy, 0).sum((0, 1))
+
+
+def oracle_calls(rank: np.ndarray, lengths: np.ndarray, k: int) -> np.ndarray:
+  """Decoder calls of each row where every call verifies the best choice among the k best.
+
+  The walk is Kim et al. 2024's (§5.3): greedy's continuation is followed while each
+  next head has it among its k best.
+
+  Args:
+    rank: [rows, length, heads], of greedy's token t + i in head i + 1 at the state that
+      chose token t; -1 where there is none.
+    lengths: [rows], tokens of each row.
+    k: candidates of a head.
+
+  Returns:
+    [rows] int.
+  """
+  is_candidate = (rank[..., 1:] >= 0) & (rank[..., 1:] < k)
+  accepted = np.logical_and.accumulate(is_candidate, axis=-1).sum(-1)
+  calls = np.zeros(len(lengths), int)
+  for row, length in enumerate(lengths):
+    # The first call has no draft; each later one begins at the newest token's state.
+    emitted = min(length, 1)
+    calls[row] = emitted
+    while emitted < length:
+      emitted += accepted[row, emitted - 1] + 1
+      calls[row] += 1
+  return calls
 
 
 def rising_heads(entropy: Sequence[float]) -> int:

@@ -24,7 +24,7 @@ from bpd_jax.decoding.accept import ExactMatch, NothingPasses
 from bpd_jax.decoding.rescoring import rescorer_params, Scoring
 from bpd_jax.decoding.types import Cache, Prompt, Tree, Verified
 from bpd_jax.errors import InputError
-from bpd_jax.generation import fetch_state, Generation, Generator, read_row
+from bpd_jax.generation import fetch_state, Generation, Generator, input_bucket, read_row
 from bpd_jax.model.model import EncoderDecoder
 from bpd_jax.programs import DecodeSettings, make_drafter
 
@@ -122,8 +122,8 @@ def record(
     has_progress: whether to show a progress bar.
   """
   config, rows = generator.config, len(prompts)
-  longest = max(map(len, prompts))
-  inputs = np.full([rows, longest], config.pad_id, np.int32)
+  # Padded as in decoding, so that recordings share programs.
+  inputs = np.full([rows, input_bucket(max(map(len, prompts)))], config.pad_id, np.int32)
   tokens = np.full([rows, max_length], config.pad_id, np.int32)
   for row, (prompt, output) in enumerate(zip(prompts, greedy.tokens, strict=True)):
     inputs[row, : len(prompt)] = prompt

@@ -296,15 +296,16 @@ def _plot_efficiency(results: Mapping[str, Any]) -> str:
 
 
 def _plot_heads(analysis: Mapping[str, Any]) -> str:
-  """Accuracy, recall and entropy by head; efficiency by position."""
+  """Recall, entropy and the oracle by head; efficiency by position."""
   heads = analysis["heads"]
   number = np.arange(1, len(heads["positions"]) + 1)
-  figure, (left, middle, right) = _figure(11, 2.6, 3)
-  recall = np.array(heads["recall"])
-  for column, k in enumerate(RECALLS):
-    left.plot(number, recall[:, column], marker=".", label=f"among {k}")
+  figure, (left, middle, oracle, right) = _figure(14, 2.6, 4)
+  for axes, values in ((left, heads["recall"]), (oracle, heads["oracle"])):
+    for k, column in zip(RECALLS, np.array(values).T):
+      axes.plot(number, column, marker=".", label=f"among {k}")
+    axes.legend(fontsize=7)
   left.set(xlabel="head", title="recall", ylim=(0, 1.02))
-  left.legend(fontsize=7)
+  oracle.set(xlabel="heads", title="block efficiency of the best choice")
   middle.plot(number, heads["entropy"], marker=".")
   middle.set(xlabel="head", title="entropy, nats")
   for name, entry in analysis["methods"].items():

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from bpd_jax.checkpoints import load_config
+from bpd_jax.evaluation.analysis import RECALLS
 from bpd_jax.evaluation.cost import token_cost
 from bpd_jax.evaluation.report import closed_text
 from bpd_jax.folders import read_object
@@ -138,6 +139,12 @@ def tables(
   yield markdown("Entropy by head, nats; up to which head it rises",
                  ["task", "h_max", *map(str, range(1, config.block_size + 1))], heads)
   yield _regression(tasks, analysis)
+  yield markdown(
+      "Oracle by number of heads: block efficiency of the best choice among k candidates",
+      ["task", "k", *map(str, range(1, config.block_size + 1))],
+      [[name, str(k), *(f"{heads[column]:.2f}" for heads in analysis[name]["heads"]["oracle"])]
+       for name in tasks for column, k in enumerate(RECALLS)],
+  )
 
 
 def _quality(task: Mapping[str, Any]) -> str:
