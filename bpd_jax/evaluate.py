@@ -39,7 +39,7 @@ from bpd_jax.evaluation.scoring import load_scoring
 from bpd_jax.evaluation.table import means_over_learned, print_results
 from bpd_jax.evaluation.tuning import split_rows, tune, Tuning
 from bpd_jax.folders import new_folder, write_object
-from bpd_jax.generation import Generator, load
+from bpd_jax.generation import Generator, input_bucket, load
 from bpd_jax.launch import read_gin, run
 from bpd_jax.partitioning import Partitioning
 
@@ -99,15 +99,18 @@ def evaluate(
   # The folder is made first: no hours of decoding for what can't be written.
   with new_folder(output) as folder:
     model = load(checkpoint, partitioning=partitioning, dtype=dtype)
-    prompts = {task.name: _encode(model, task, rows[task.name]) for task in tasks}
+    encoded = {task.name: _encode(model, task, every[task.name]) for task in tasks}
+    prompts = {name: [own[i] for i in chosen[name][1]] for name, own in encoded.items()}
+    # One for all recordings, so that each method is replayed by one program.
+    input_length = input_bucket(max(map(len, itertools.chain(*encoded.values()))))
     console = Console()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
                TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
       scoring = {
           task.name: _choose_weights(
-              model, task, [every[task.name][i] for i in chosen[task.name][0]], methods, tuning,
-              max_decode_length, batch_size, progress,
+              model, task.name, [encoded[task.name][i] for i in chosen[task.name][0]], methods,
+              tuning, max_decode_length, input_length, batch_size, progress,
           )
           for task in tasks
       }
@@ -147,7 +150,9 @@ def evaluate(
     results["means_over_learned_tasks"] = means_over_learned(results["tasks"])
     _write(folder, results, rows, measured)
     if has_report:
-      _write_report(folder, results, model, prompts, measured, methods, scoring, console)
+      _write_report(
+          folder, results, model, prompts, input_length, measured, methods, scoring, console
+      )
   print_results(results, console)
   wrong = []
   for task, by_method in measured.items():
@@ -176,24 +181,30 @@ def _check_names(tasks: Sequence[Task], methods: Sequence[Method]) -> None:
 
 
 def _choose_weights(
-    model: Generator, task: Task, rows: Sequence[dict[str, str]], methods: Sequence[Method],
-    tuning: Tuning | None, max_decode_length: int, batch_size: int, progress: Progress,
+    model: Generator, task: str, prompts: Sequence[Sequence[int]], methods: Sequence[Method],
+    tuning: Tuning | None, max_decode_length: int, input_length: int, batch_size: int,
+    progress: Progress,
 ) -> dict[str, tuple[Scoring, ...]]:
-  """The scorers of each method, with weights for this task."""
+  """The scorers of each method, with weights for this task, which are told as they come."""
   scoring = {
       method.name: load_scoring(method.scorers, model, max_decode_length) for method in methods
   }
   tunable = [method for method in methods if method.scorers]
   if tuning is None or not tunable:
     return scoring
-  prompts = _encode(model, task, rows)
   greedy = model.generate(
       prompts, "greedy", max_length=max_decode_length, batch_size=batch_size
   )
-  recording = record(model, prompts, greedy, max_decode_length)
-  bar = progress.add_task(f"{task.name}, weights", total=len(tunable))
+  recording = record(model, prompts, greedy, max_decode_length, input_length=input_length)
+  bar = progress.add_task(f"{task}, weights", total=len(tunable))
   for method in tunable:
-    scoring[method.name], _ = tune(model, recording, method, scoring[method.name], tuning)
+    own, efficiency = tune(model, recording, method, scoring[method.name], tuning)
+    scoring[method.name] = own
+    weights = ", ".join(str(part.weight) for part in own)
+    progress.console.print(
+        f"{task}, {method.name}: weights {weights}, block efficiency {efficiency:.3f} on the "
+        "rows to tune on", highlight=False, soft_wrap=True,
+    )
     progress.advance(bar)
   return scoring
 
@@ -223,15 +234,17 @@ def _write(
 
 def _write_report(
     folder: Path, results: dict[str, Any], model: Generator,
-    prompts: dict[str, list[list[int]]], measured: dict[str, dict[str, Measurement]],
-    methods: Sequence[Method], scoring: dict[str, dict[str, tuple[Scoring, ...]]],
-    console: Console,
+    prompts: dict[str, list[list[int]]], input_length: int,
+    measured: dict[str, dict[str, Measurement]], methods: Sequence[Method],
+    scoring: dict[str, dict[str, tuple[Scoring, ...]]], console: Console,
 ) -> None:
   """Analyses every task and writes `analysis.json` and `report.html`."""
   analysis = {}
   for task in track(results["tasks"], "analysis", console=console):
     greedy = measured[task][GREEDY.name].generation
-    recording = record(model, prompts[task], greedy, results["max_decode_length"])
+    recording = record(
+        model, prompts[task], greedy, results["max_decode_length"], input_length=input_length
+    )
     live = {name: measurement.generation for name, measurement in measured[task].items()}
     analysis[task] = analyse_task(model, recording, methods, scoring[task], live)
   write_object(folder / "analysis.json", analysis)

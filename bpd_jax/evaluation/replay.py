@@ -110,7 +110,7 @@ def params_fingerprint(params: Any) -> str:
 
 def record(
     generator: Generator, prompts: Sequence[Sequence[int]], greedy: Generation,
-    max_length: int, *, has_progress: bool = False,
+    max_length: int, *, input_length: int | None = None, has_progress: bool = False,
 ) -> Recording:
   """Reads the states behind greedy's output by one teacher-forced pass.
 
@@ -119,11 +119,14 @@ def record(
     prompts: token ids, as `Generator.encode_prompts` gives them.
     greedy: what it made of them.
     max_length: most tokens of an output.
+    input_length: to pad prompts to, as in decoding by default; recordings of one length
+      share programs.
     has_progress: whether to show a progress bar.
   """
   config, rows = generator.config, len(prompts)
-  # Padded as in decoding, so that recordings share programs.
-  inputs = np.full([rows, input_bucket(max(map(len, prompts)))], config.pad_id, np.int32)
+  if input_length is None:
+    input_length = input_bucket(max(map(len, prompts)))
+  inputs = np.full([rows, input_length], config.pad_id, np.int32)
   tokens = np.full([rows, max_length], config.pad_id, np.int32)
   for row, (prompt, output) in enumerate(zip(prompts, greedy.tokens, strict=True)):
     inputs[row, : len(prompt)] = prompt
