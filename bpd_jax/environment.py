@@ -1,5 +1,6 @@
 """What a result was made with: revision, versions, device."""
 
+import hashlib
 import importlib.metadata
 import os
 from pathlib import Path
@@ -18,6 +19,14 @@ def git_revision() -> str | None:
       capture_output=True, text=True, check=False,
   )
   return done.stdout.strip() or None
+
+
+def source_fingerprint() -> str:
+  """Sixteen hexadecimal digits of this package's own source."""
+  digest = hashlib.sha256()
+  for path in sorted(Path(__file__).parent.rglob("*.py")):
+    digest.update(path.read_bytes())
+  return digest.hexdigest()[:16]
 
 
 def versions() -> dict[str, str]:

@@ -8,6 +8,7 @@ docs/reading_results.md says what the figures mean.
 """
 
 from collections.abc import Sequence
+import dataclasses
 import importlib.util
 import itertools
 import json
@@ -23,23 +24,28 @@ from rich.progress import (
   Progress,
   TextColumn,
   TimeRemainingColumn,
-  track,
 )
 
 from bpd_jax.data.jsonl import JsonlTask
 from bpd_jax.data.rows import rows_fingerprint, RowsTask
 from bpd_jax.decoding.rescoring import Scoring
-from bpd_jax.environment import describe_device, git_revision, versions
+from bpd_jax.environment import describe_device, git_revision, source_fingerprint, versions
 from bpd_jax.errors import InputError
 from bpd_jax.evaluation.quality import check_metric, describe_quality
 from bpd_jax.evaluation.replay import record
 from bpd_jax.evaluation.report import analyse_task, make_report
-from bpd_jax.evaluation.run import GREEDY, measure_methods, Measurement, Method
+from bpd_jax.evaluation.run import GREEDY, measure_methods, Method
 from bpd_jax.evaluation.scoring import load_scoring
 from bpd_jax.evaluation.table import means_over_learned, print_results
 from bpd_jax.evaluation.tuning import split_rows, tune, Tuning
-from bpd_jax.folders import new_folder, write_object
-from bpd_jax.generation import Generator, input_bucket, load
+from bpd_jax.folders import (
+    files_fingerprint,
+    new_file,
+    read_object,
+    resumable_folder,
+    write_object,
+)
+from bpd_jax.generation import Generation, Generator, input_bucket, load
 from bpd_jax.launch import read_gin, run
 from bpd_jax.partitioning import Partitioning
 
@@ -68,7 +74,8 @@ def evaluate(
     tasks: whose rows to decode.
     methods: how.
     output: a folder that doesn't exist yet, for `results.json` and
-      `TASK.METHOD.jsonl`.
+      `TASK.METHOD.jsonl`. An evaluation that was cut off goes on behind the last task that
+      it had finished, where nothing else has changed.
     batch_size: rows decoded together.
     max_decode_length: most tokens of an output.
     repeats: timed passes of each method.
@@ -96,76 +103,144 @@ def evaluate(
       for name, own in every.items()
   }
   rows = {name: [every[name][i] for i in reported] for name, (_, reported) in chosen.items()}
+  how = _How(tuple(methods), batch_size, max_decode_length, repeats, tuning, has_report)
+  made_with = {
+      "device": describe_device(),
+      "versions": versions(),
+      "rows_fingerprint": rows_fingerprint(list(itertools.chain(*rows.values()))),
+      "checkpoint": checkpoint,
+  }
+  identity = {
+      **made_with, "source": source_fingerprint(),
+      "model_files": files_fingerprint(checkpoint), "dtype": dtype, "tasks": repr(tasks),
+      "how": repr(how),
+  }
+  console = Console()
+  columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+             TimeRemainingColumn())
   # The folder is made first: no hours of decoding for what can't be written.
-  with new_folder(output) as folder:
+  with resumable_folder(output, identity) as folder:
     model = load(checkpoint, partitioning=partitioning, dtype=dtype)
     encoded = {task.name: _encode(model, task, every[task.name]) for task in tasks}
-    prompts = {name: [own[i] for i in chosen[name][1]] for name, own in encoded.items()}
     # One for all recordings, so that each method is replayed by one program.
     input_length = input_bucket(max(map(len, itertools.chain(*encoded.values()))))
-    console = Console()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-               TimeRemainingColumn())
+    found = {}
     with Progress(*columns, console=console) as progress:
-      scoring = {
-          task.name: _choose_weights(
-              model, task.name, [encoded[task.name][i] for i in chosen[task.name][0]], methods,
-              tuning, max_decode_length, input_length, batch_size, progress,
-          )
-          for task in tasks
-      }
-      measured = {
-          task.name: measure_methods(
-              model, prompts[task.name], methods, max_decode_length=max_decode_length,
-              batch_size=batch_size, repeats=repeats, progress=progress, label=task.name,
-              scoring=scoring[task.name],
-          )
-          for task in tasks
-      }
+      for task in tasks:
+        prompts = encoded[task.name]
+        tuning_rows, reported = chosen[task.name]
+        found[task.name] = _evaluate_task(
+            folder, model, task, rows[task.name], [prompts[i] for i in reported],
+            [prompts[i] for i in tuning_rows], how, input_length, progress,
+        )
     results = {
-        "device": describe_device(),
-        "dtype": model.config.dtype,
+        **made_with,
         "git_revision": git_revision(),
-        "versions": versions(),
-        "rows_fingerprint": rows_fingerprint(list(itertools.chain(*rows.values()))),
-        "checkpoint": checkpoint,
+        "dtype": model.config.dtype,
         "batch_size": batch_size,
         "max_decode_length": max_decode_length,
         "repeats": repeats,
-        "tasks": {
-            task.name: {
-                "split": task.split,
-                "examples": len(rows[task.name]),
-                "tuning_examples": len(chosen[task.name][0]),
-                "rows_fingerprint": rows_fingerprint(rows[task.name]),
-                **describe_quality(
-                    measured[task.name][GREEDY.name].generation, rows[task.name],
-                    task.main_metric, task.instruction, model.vocabulary, model.config.eos_id,
-                ),
-                "methods": {name: x.results for name, x in measured[task.name].items()},
-            }
-            for task in tasks
-        },
+        "tasks": {name: own["results"] for name, own in found.items()},
     }
     results["means_over_learned_tasks"] = means_over_learned(results["tasks"])
-    _write(folder, results, rows, measured)
     if has_report:
-      _write_report(
-          folder, results, model, prompts, input_length, measured, methods, scoring, console
-      )
+      analysis = {name: own["analysis"] for name, own in found.items()}
+      write_object(folder / "analysis.json", analysis)
+      page = make_report(results, analysis, model.vocabulary)
+      (folder / "report.html").write_text(page, encoding="utf-8")
+    write_object(folder / "results.json", results)
+    for task in tasks:
+      (folder / _task_file(task)).unlink()
   print_results(results, console)
-  wrong = []
-  for task, by_method in measured.items():
-    for name, measurement in by_method.items():
-      for difference in measurement.differences:
-        console.print(f"{task}, {name}: {difference}", highlight=False)
-      if not measurement.is_exact:
-        wrong.append(f"{task} {name}")
+  for own in found.values():
+    for line in own["differences"]:
+      console.print(line, highlight=False)
   console.print(f"written to {output}", highlight=False, soft_wrap=True)
+  wrong = [method for own in found.values() for method in own["wrong"]]
   # In fewer bits a block call and a single one differ too often to be judged.
   if wrong and model.config.dtype in ("float32", "float64"):
     raise SystemExit(f"error: tokens that aren't greedy's: {', '.join(wrong)}")
   return results
+
+
+@dataclasses.dataclass(frozen=True)
+class _How:
+  """What is the same for all tasks; see `evaluate`."""
+
+  methods: tuple[Method, ...]
+  batch_size: int
+  max_decode_length: int
+  repeats: int
+  tuning: Tuning | None
+  has_report: bool
+
+
+def _task_file(task: Task) -> str:
+  """What an evaluation that was cut off knows of a task; gone at its end."""
+  return f".{task.name}.json"
+
+
+def _evaluate_task(
+    folder: Path, model: Generator, task: Task, rows: Sequence[dict[str, str]],
+    prompts: Sequence[Sequence[int]], tuning_prompts: Sequence[Sequence[int]], how: _How,
+    input_length: int, progress: Progress,
+) -> dict[str, Any]:
+  """Evaluates one task and writes its outputs, unless the folder has it already.
+
+  Returns:
+    `results`, the entry of `results.json`; `analysis`, that of `analysis.json`, or None;
+    `differences`, a line each; `wrong`, the methods whose tokens can't be greedy's.
+  """
+  path = folder / _task_file(task)
+  if path.exists():
+    progress.console.print(f"{task.name}: evaluated before it was cut off", highlight=False)
+    return read_object(path)
+  scoring, tuned = _choose_weights(
+      model, task.name, tuning_prompts, how, input_length, progress
+  )
+  measured = measure_methods(
+      model, prompts, how.methods, max_decode_length=how.max_decode_length,
+      batch_size=how.batch_size, repeats=how.repeats, progress=progress, label=task.name,
+      scoring=scoring,
+  )
+  live = {name: measurement.generation for name, measurement in measured.items()}
+  analysis = None
+  if how.has_report:
+    recording = record(
+        model, prompts, live[GREEDY.name], how.max_decode_length, input_length=input_length
+    )
+    analysis = analyse_task(model, recording, how.methods, scoring, live)
+  _write_outputs(folder, task.name, rows, live)
+  found = {
+      "results": {
+          "split": task.split,
+          "examples": len(rows),
+          "tuning_examples": len(tuning_prompts),
+          "rows_fingerprint": rows_fingerprint(rows),
+          **describe_quality(
+              live[GREEDY.name], rows, task.main_metric, task.instruction, model.vocabulary,
+              model.config.eos_id,
+          ),
+          "methods": {
+              name: measurement.results | (
+                  {"tuning_block_efficiency": tuned[name]} if name in tuned else {}
+              )
+              for name, measurement in measured.items()
+          },
+      },
+      "analysis": analysis,
+      "differences": [
+          f"{task.name}, {name}: {difference}" for name, measurement in measured.items()
+          for difference in measurement.differences
+      ],
+      "wrong": [
+          f"{task.name} {name}" for name, measurement in measured.items()
+          if not measurement.is_exact
+      ],
+  }
+  with new_file(path) as partial:
+    write_object(partial, found)
+  return read_object(path)
 
 
 def _check_names(tasks: Sequence[Task], methods: Sequence[Method]) -> None:
@@ -181,32 +256,39 @@ def _check_names(tasks: Sequence[Task], methods: Sequence[Method]) -> None:
 
 
 def _choose_weights(
-    model: Generator, task: str, prompts: Sequence[Sequence[int]], methods: Sequence[Method],
-    tuning: Tuning | None, max_decode_length: int, input_length: int, batch_size: int,
-    progress: Progress,
-) -> dict[str, tuple[Scoring, ...]]:
-  """The scorers of each method, with weights for this task, which are told as they come."""
+    model: Generator, task: str, prompts: Sequence[Sequence[int]], how: _How,
+    input_length: int, progress: Progress,
+) -> tuple[dict[str, tuple[Scoring, ...]], dict[str, float]]:
+  """Chooses weights for a task, and tells them as they come.
+
+  Returns:
+    The scorers of each method, and its block efficiency on the rows to tune on.
+  """
   scoring = {
-      method.name: load_scoring(method.scorers, model, max_decode_length) for method in methods
+      method.name: load_scoring(method.scorers, model, how.max_decode_length)
+      for method in how.methods
   }
-  tunable = [method for method in methods if method.scorers]
-  if tuning is None or not tunable:
-    return scoring
+  tunable = [method for method in how.methods if method.scorers]
+  if how.tuning is None or not tunable:
+    return scoring, {}
   greedy = model.generate(
-      prompts, "greedy", max_length=max_decode_length, batch_size=batch_size
+      prompts, "greedy", max_length=how.max_decode_length, batch_size=how.batch_size
   )
-  recording = record(model, prompts, greedy, max_decode_length, input_length=input_length)
+  recording = record(
+      model, prompts, greedy, how.max_decode_length, input_length=input_length
+  )
+  tuned = {}
   bar = progress.add_task(f"{task}, weights", total=len(tunable))
   for method in tunable:
-    own, efficiency = tune(model, recording, method, scoring[method.name], tuning)
-    scoring[method.name] = own
+    own, efficiency = tune(model, recording, method, scoring[method.name], how.tuning)
+    scoring[method.name], tuned[method.name] = own, efficiency
     weights = ", ".join(str(part.weight) for part in own)
     progress.console.print(
         f"{task}, {method.name}: weights {weights}, block efficiency {efficiency:.3f} on the "
         "rows to tune on", highlight=False, soft_wrap=True,
     )
     progress.advance(bar)
-  return scoring
+  return scoring, tuned
 
 
 def _encode(model: Generator, task: Task, rows: Sequence[dict[str, str]]) -> list[list[int]]:
@@ -217,39 +299,15 @@ def _encode(model: Generator, task: Task, rows: Sequence[dict[str, str]]) -> lis
     raise InputError(f"{task.name} {error.field}", error.value, error.allowed) from error
 
 
-def _write(
-    folder: Path, results: dict[str, Any], rows: dict[str, list[dict[str, str]]],
-    measured: dict[str, dict[str, Measurement]],
+def _write_outputs(
+    folder: Path, task: str, rows: Sequence[dict[str, str]], found: dict[str, Generation]
 ) -> None:
-  """Writes `results.json` and the outputs."""
-  for task, methods in measured.items():
-    for name, measurement in methods.items():
-      out = measurement.generation
-      with open(folder / f"{task}.{name}.jsonl", "w", encoding="utf-8") as file:
-        for row, text, tokens, calls in zip(rows[task], out.texts, out.tokens, out.calls):
-          line = {**row, "output": text, "tokens": tokens.tolist(), "decoder_calls": calls}
-          file.write(json.dumps(line, ensure_ascii=False) + "\n")
-  write_object(folder / "results.json", results)
-
-
-def _write_report(
-    folder: Path, results: dict[str, Any], model: Generator,
-    prompts: dict[str, list[list[int]]], input_length: int,
-    measured: dict[str, dict[str, Measurement]], methods: Sequence[Method],
-    scoring: dict[str, dict[str, tuple[Scoring, ...]]], console: Console,
-) -> None:
-  """Analyses every task and writes `analysis.json` and `report.html`."""
-  analysis = {}
-  for task in track(results["tasks"], "analysis", console=console):
-    greedy = measured[task][GREEDY.name].generation
-    recording = record(
-        model, prompts[task], greedy, results["max_decode_length"], input_length=input_length
-    )
-    live = {name: measurement.generation for name, measurement in measured[task].items()}
-    analysis[task] = analyse_task(model, recording, methods, scoring[task], live)
-  write_object(folder / "analysis.json", analysis)
-  page = make_report(results, analysis, model.vocabulary)
-  (folder / "report.html").write_text(page, encoding="utf-8")
+  """Writes what each method made of a task's rows."""
+  for name, out in found.items():
+    with open(folder / f"{task}.{name}.jsonl", "w", encoding="utf-8") as file:
+      for row, text, tokens, calls in zip(rows, out.texts, out.tokens, out.calls):
+        line = {**row, "output": text, "tokens": tokens.tolist(), "decoder_calls": calls}
+        file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
 def main(argv: Sequence[str]) -> None:

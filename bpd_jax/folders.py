@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 import contextlib
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -14,6 +15,7 @@ from jax.experimental import multihost_utils
 from bpd_jax.errors import InputError
 
 PathLike = str | os.PathLike
+IDENTITY_FILE = ".identity.json"
 
 
 def check_new(folder: PathLike) -> None:
@@ -36,33 +38,85 @@ def new_folder(folder: PathLike, *, may_replace: bool = False) -> Iterator[Path]
   """
   if not may_replace:
     check_new(folder)
-  folder = Path(os.path.abspath(folder))
-  partial = folder.with_name(f".{folder.name}.partial")
+  folder, partial = _place(folder)
   is_first = jax.process_index() == 0
   if is_first:
-    try:
-      shutil.rmtree(partial, ignore_errors=True)
-      partial.mkdir(parents=True)
-    except OSError as error:
-      raise InputError(
-          "folder", str(folder), f"a path that can be written ({error.strerror})"
-      ) from error
+    shutil.rmtree(partial, ignore_errors=True)
+    _make(partial, folder)
   _wait_for_all("begin")
   try:
     yield partial
-    _wait_for_all("written")
-    if is_first:
-      old = folder.with_name(f".{folder.name}.old")
-      if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
-      partial.rename(folder)
-      shutil.rmtree(old, ignore_errors=True)
-    _wait_for_all("renamed")
+    _put(partial, folder)
   except BaseException:
     if is_first:
       shutil.rmtree(partial, ignore_errors=True)
     raise
+
+
+@contextlib.contextmanager
+def resumable_folder(folder: PathLike, identity: dict[str, Any]) -> Iterator[Path]:
+  """A `new_folder` whose finished files outlive a block that was cut off.
+
+  The next block of the same identity finds them again; one of another identity begins
+  with nothing, as does one after a block that had written nothing.
+
+  Args:
+    folder: the path, where nothing is yet.
+    identity: what must be equal for files to be of use, ready for JSON.
+  """
+  check_new(folder)
+  folder, partial = _place(folder)
+  is_first = jax.process_index() == 0
+  if is_first:
+    if _identity(partial) != identity:
+      shutil.rmtree(partial, ignore_errors=True)
+    _make(partial, folder)
+    write_object(partial / IDENTITY_FILE, identity)
+  _wait_for_all("begin")
+  try:
+    yield partial
+    if is_first:
+      (partial / IDENTITY_FILE).unlink()
+    _put(partial, folder)
+  except BaseException:
+    if is_first and {path.name for path in partial.glob("*")} <= {IDENTITY_FILE}:
+      shutil.rmtree(partial, ignore_errors=True)
+    raise
+
+
+def _place(folder: PathLike) -> tuple[Path, Path]:
+  """The folder's path, and that of the hidden sibling that becomes it."""
+  folder = Path(os.path.abspath(folder))
+  return folder, folder.with_name(f".{folder.name}.partial")
+
+
+def _make(partial: Path, folder: Path) -> None:
+  try:
+    partial.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise InputError(
+        "folder", str(folder), f"a path that can be written ({error.strerror})"
+    ) from error
+
+
+def _put(partial: Path, folder: Path) -> None:
+  """Renames what is whole, in place of what was there."""
+  _wait_for_all("written")
+  if jax.process_index() == 0:
+    old = folder.with_name(f".{folder.name}.old")
+    if folder.exists():
+      shutil.rmtree(old, ignore_errors=True)
+      folder.rename(old)
+    partial.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+  _wait_for_all("renamed")
+
+
+def _identity(partial: Path) -> dict[str, Any] | None:
+  try:
+    return read_object(partial / IDENTITY_FILE)
+  except InputError:
+    return None
 
 
 @contextlib.contextmanager
@@ -86,6 +140,15 @@ def new_file(path: PathLike) -> Iterator[Path]:
 def partial_file(path: Path) -> Path:
   """Where `new_file` writes; it stays there where the process is killed."""
   return path.with_name(f".{path.name}.partial")
+
+
+def files_fingerprint(folder: PathLike) -> str:
+  """Sixteen hexadecimal digits of all names, sizes and times below a folder, none of contents."""
+  stats = [
+      (str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns)
+      for path in sorted(Path(folder).rglob("*")) if path.is_file()
+  ]
+  return hashlib.sha256(repr(stats).encode()).hexdigest()[:16]
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+import shutil
 import subprocess
 import sys
 
@@ -13,7 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from bpd_jax import checkpoints
+from bpd_jax import checkpoints, folders
 from bpd_jax.checkpoints import load_model, save_model
 from bpd_jax.errors import InputError
 from bpd_jax.model.config import ModelConfig
@@ -150,6 +151,38 @@ def test_a_failed_write_leaves_nothing(tmp_path):
       (partial / "half").write_text("x")
       raise KeyboardInterrupt
   assert not os.listdir(tmp_path)
+
+
+def test_finished_files_outlive_a_cut(tmp_path):
+  def go_on(identity, ends, wanted):
+    try:
+      with folders.resumable_folder(tmp_path / "results", identity) as partial:
+        assert {path.name for path in partial.glob("[!.]*")} == wanted
+        if identity["seed"]:
+          (partial / f"part {len(wanted)}").write_text("x")
+        if not ends:
+          raise KeyboardInterrupt
+    except KeyboardInterrupt:
+      assert not (tmp_path / "results").exists()
+
+  go_on({"seed": 1}, False, set())
+  go_on({"seed": 1}, False, {"part 0"})
+  go_on({"seed": 2}, False, set())  # Another identity finds nothing and leaves nothing of it.
+  go_on({"seed": 1}, False, set())
+  go_on({"seed": 1}, True, {"part 0"})
+  assert sorted(os.listdir(tmp_path / "results")) == ["part 0", "part 1"]
+  with pytest.raises(InputError, match="a path where nothing is yet"):
+    go_on({"seed": 1}, True, set())
+  shutil.rmtree(tmp_path / "results")
+  go_on({"seed": 0}, False, set())  # Nothing was written.
+  assert not os.listdir(tmp_path)
+
+
+def test_files_fingerprint_sees_another_file(saved):
+  before = folders.files_fingerprint(saved)
+  assert folders.files_fingerprint(saved) == before
+  os.utime(saved / checkpoints.CONFIG_FILE, ns=(1, 1))
+  assert folders.files_fingerprint(saved) != before
 
 
 def test_unwritable_place_is_an_input_error(tmp_path, params):

@@ -6,6 +6,7 @@ import json
 import os
 from pathlib import Path
 import re
+import shutil
 import subprocess
 import sys
 
@@ -21,7 +22,7 @@ from bpd_jax.data.rows import rows_fingerprint, RowsTask, TASKS
 from bpd_jax.errors import InputError
 from bpd_jax.evaluate import evaluate, main
 from bpd_jax.evaluation.quality import edit_similarity, exact_match, rouge_l
-from bpd_jax.evaluation.run import describe_generation, Method
+from bpd_jax.evaluation.run import describe_generation, measure_methods, Method
 from bpd_jax.evaluation.table import means_over_learned, print_results
 from bpd_jax.generation import Call, Generation, load
 from bpd_jax.launch import read_gin_files, run
@@ -277,6 +278,45 @@ def test_output_that_cannot_be_written_is_refused_before_the_model_is_read(rows_
   (tmp_path / "file").write_text("")
   with pytest.raises(InputError, match="folder = .*file/out': allowed is a path that can be writt"):
     evaluate("absent", [JsonlTask("rows", str(rows_file))], [], str(tmp_path / "file/out"))
+
+
+def test_an_evaluation_that_was_cut_off_goes_on(
+    model_folder, rows_file, tmp_path, monkeypatch, capsys
+):
+  measured = []
+
+  def measure(*args, label, **options):
+    if label == "second" and len(measured) == 1:
+      measured.append("cut")
+      raise KeyboardInterrupt
+    measured.append(label)
+    return measure_methods(*args, label=label, **options)
+
+  monkeypatch.setattr("bpd_jax.evaluate.measure_methods", measure)
+  first, second = (JsonlTask(name, str(rows_file)) for name in ("first", "second"))
+  run_it = lambda tasks, **options: evaluate(
+      str(model_folder), tasks, [Method("blockwise")], str(tmp_path / "out"),
+      max_decode_length=8, repeats=1, **options,
+  )
+  with pytest.raises(KeyboardInterrupt):
+    run_it([first, second])
+  assert not (tmp_path / "out").exists()
+  results = run_it([first, second])
+  assert measured == ["first", "cut", "second"]
+  assert "first: evaluated before" in capsys.readouterr().out
+  assert list(results["tasks"]) == ["first", "second"]
+  names = sorted(os.listdir(tmp_path / "out"))
+  assert names == sorted(
+      ["results.json"] + [f"{task}.{method}.jsonl" for task in ("first", "second")
+                          for method in ("greedy", "blockwise")]
+  )
+  shutil.rmtree(tmp_path / "out")
+  # Other settings begin anew.
+  del measured[:]
+  with pytest.raises(KeyboardInterrupt):
+    run_it([first, second])
+  run_it([first, second], batch_size=2)
+  assert measured == ["first", "cut", "first", "second"]
 
 
 def test_missing_checkpoint_leaves_no_output(rows_file, tmp_path):

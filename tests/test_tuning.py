@@ -167,6 +167,8 @@ def test_run_file_refines_drafts_and_reports_rows_that_it_did_not_tune_on(
     for scorer in entry.get("scorers", []):
       if scorer["scorer"] in ("Ngram", "Neural", "Cache"):
         assert scorer["weight"] in (0.5, 2.0)
+    assert ("tuning_block_efficiency" in entry) == bool(entry.get("scorers"))
+  assert 1 <= methods["best16_4gram"]["tuning_block_efficiency"] < 4
   assert methods["best16_4gram"]["nodes"] == 1 + 5 * 4
   assert methods["best16_4gram"]["scorers"][0]["scorer"] == "Ngram"
   explained = Path("docs/reading_results.md").read_text()

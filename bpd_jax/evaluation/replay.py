@@ -210,7 +210,7 @@ def _replay(model, settings: DecodeSettings, view, tokens, hidden, limits, promp
 
 
 def replay(
-    generator: Generator, recording: Recording, *, batch_size: int = 64,
+    generator: Generator, recording: Recording, *, batch_size: int = 16,
     scoring: Sequence[Scoring] = (), **options: Any,
 ) -> Generation:
   """Decodes a recording's rows again, without the decoder.
@@ -218,7 +218,7 @@ def replay(
   Args:
     generator: the recorded model.
     recording: of its greedy output.
-    batch_size: rows together; the last batch is filled with dead rows.
+    batch_size: rows together, of like lengths; the last batch is filled with dead rows.
     scoring: as of `Generator.generate`.
     **options: of `Generator.settings`: method, block_size, verify_width, top_k, search,
       and an exact rule.
@@ -236,11 +236,14 @@ def replay(
   if not isinstance(settings.rule, ExactMatch | NothingPasses):
     raise InputError("rule", settings.rule, "exact acceptance, all that a recording can judge")
   params = rescorer_params(scoring, settings.depth)
-  done = []
+  done: dict[int, tuple] = {}
   rows = len(recording)
+  # A batch takes as many calls as its longest row.
+  order = np.argsort(recording.lengths, kind="stable")
   for first in range(0, rows, batch_size):
-    part = np.minimum(np.arange(first, first + batch_size), rows - 1)
-    is_row = np.arange(first, first + batch_size) < rows
+    places = np.arange(first, first + batch_size)
+    is_row = places < rows
+    part = order[np.minimum(places, rows - 1)]
     prompt = Prompt(
         recording.prompts[part], recording.prompt_lengths[part], recording.tokens[part]
     )
@@ -248,8 +251,9 @@ def replay(
         generator.model, settings, generator.view, recording.tokens[part],
         recording.hidden[part], np.where(is_row, recording.lengths[part], 0), prompt, params,
     ))
-    done += [read_row(state, slot) for slot in range(int(is_row.sum()))]
-  tokens, calls, traces = (list(column) for column in zip(*done))
+    for slot in range(int(is_row.sum())):
+      done[part[slot]] = read_row(state, slot)
+  tokens, calls, traces = (list(column) for column in zip(*(done[i] for i in range(rows))))
   return Generation(tokens, calls, traces, None, [], [])
 
 
