@@ -187,6 +187,7 @@ def check_tables(folder, task, methods):
   """The paper's tables hold what the evaluation measured, here as its own other batch size."""
   module = runpy.run_path("experiments/refined_drafts/tables.py")
   module["main"]([str(folder), "--single", str(folder)])
+  assert "<svg" in (folder / "figures.svg").read_text()
   lines = (folder / "tables.md").read_text().splitlines()
   plain = methods["blockwise"]["block_efficiency"]
   for name, entry in methods.items():

@@ -1,10 +1,11 @@
-"""Tables 1, 3, 4, 5 and 9 to 13 of Kim et al. 2024, row for row, and its two figures.
+"""Tables 1, 3, 4, 5 and 9 to 13 of Kim et al. 2024, row for row, and two of its figures.
 
   python experiments/refined_drafts/tables.py runs/refined_drafts/results \\
       --single runs/refined_drafts/single
 
 Reads what an evaluation left (`results.json`, `analysis.json`), prints Markdown, and
-writes it beside them; `--single` is the same methods' evaluation at batch 1.
+writes it beside them as `tables.md`, with `figures.svg` (extra `report`); `--single` is
+the same methods' evaluation at batch 1.
 """
 
 import argparse
@@ -26,6 +27,7 @@ KV_LENGTHS = (128, 512, 1024, 2048)
 INPUT_LENGTH = 256
 # Table 3: plain drafts, and those that 2-grams re-scored.
 PAIR = ("blockwise", "ngram2")
+MOST_NODES = 16
 UNTUNED = ("NoRepeat", "Oracle")
 Row = Sequence[str]
 
@@ -122,6 +124,15 @@ def tables(
        *(f"cache at {length}, MB" for length in KV_LENGTHS), "MFLOP", "ms a token, measured"],
       rows,
   )
+  yield markdown(
+      f"The method to choose: best on the rows for tuning, at most {MOST_NODES} nodes",
+      ["task", "method", "nodes", "block efficiency", "of the way to the oracle", "loop-free"],
+      [[
+          name, best, str(task["methods"][best]["nodes"]), efficiency(task, best),
+          *(closed_text(analysis[name]["methods"][best], suffix) or "–"
+            for suffix in ("", "_loop_free")),
+      ] for name, task in tasks.items() for best in [chosen_method(task)]],
+  )
   distances = [name for name in methods if name != "greedy"]
   yield markdown(
       "Of the way from plain drafts to the oracle with k = 16, and 95 % intervals",
@@ -145,6 +156,16 @@ def tables(
       [[name, str(k), *(f"{heads[column]:.2f}" for heads in analysis[name]["heads"]["oracle"])]
        for name in tasks for column, k in enumerate(RECALLS)],
   )
+
+
+def chosen_method(task: Mapping[str, Any]) -> str:
+  """The method that was best on rows that aren't reported, of those that can be used."""
+  usable = {
+      name: entry["tuning_block_efficiency"] for name, entry in task["methods"].items()
+      if entry["nodes"] <= MOST_NODES and entry.get("scorers")
+      and all(part["scorer"] != "Oracle" for part in entry["scorers"])
+  }
+  return max(usable, key=usable.get)
 
 
 def _quality(task: Mapping[str, Any]) -> str:
@@ -194,6 +215,29 @@ def _regression(tasks: Mapping[str, Any], analysis: Mapping[str, Any]) -> str:
           f"R = {np.corrcoef(x, y)[0, 1]:.2f} (the paper's 7 tasks: 0.77).\n")
 
 
+def draw_figures(tasks: Mapping[str, Any], analysis: Mapping[str, Any], path: Path) -> None:
+  """Entropy and oracle by heads: a column a task, both as in the paper's Figures 2 and 5."""
+  from matplotlib import rc_context
+  from matplotlib.figure import Figure
+
+  figure = Figure((3.6 * len(tasks), 5))
+  axes = figure.subplots(2, len(tasks), squeeze=False, sharex=True, sharey="row")
+  for column, name in enumerate(tasks):
+    heads = analysis[name]["heads"]
+    number = range(1, len(heads["entropy"]) + 1)
+    axes[0, column].plot(number, heads["entropy"], marker=".", color="black")
+    axes[0, column].set_title(name)
+    for k, efficiencies in zip(RECALLS, zip(*heads["oracle"])):
+      label = "plain" if k == 1 else f"k = {k}"
+      axes[1, column].plot(number, efficiencies, marker=".", label=label)
+    axes[1, column].set_xlabel("head; number of heads")
+  axes[0, 0].set_ylabel("entropy, nats")
+  axes[1, 0].set_ylabel("block efficiency of the oracle")
+  axes[1, 0].legend(fontsize=8)
+  with rc_context({"svg.fonttype": "none", "svg.hashsalt": "heads"}):
+    figure.savefig(path, bbox_inches="tight", metadata={"Date": None})
+
+
 def main(argv: Sequence[str]) -> None:
   """Prints and writes the tables; learned tasks alone unless there are none."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -213,6 +257,7 @@ def main(argv: Sequence[str]) -> None:
     text = "No task is learned; these are all of them, and say nothing.\n\n" + text
   print(text)
   (args.results / "tables.md").write_text(text, encoding="utf-8")
+  draw_figures(tasks, analysis, args.results / "figures.svg")
 
 
 if __name__ == "__main__":
