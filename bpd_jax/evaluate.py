@@ -199,13 +199,16 @@ def _evaluate_task(
   scoring, tuned = _choose_weights(
       model, task.name, tuning_prompts, how, input_length, progress
   )
-  _forget_programs()
+  # Where measuring is all there is, tasks share its programs.
+  if tuned:
+    _forget_programs()
   measured = measure_methods(
       model, prompts, how.methods, max_decode_length=how.max_decode_length,
       batch_size=how.batch_size, repeats=how.repeats, progress=progress, label=task.name,
       scoring=scoring,
   )
-  _forget_programs()
+  if tuned or how.has_report:
+    _forget_programs()
   live = {name: measurement.generation for name, measurement in measured.items()}
   analysis = None
   if how.has_report:

@@ -319,6 +319,25 @@ def test_an_evaluation_that_was_cut_off_goes_on(
   assert measured == ["first", "cut", "first", "second"]
 
 
+def test_tasks_that_are_only_measured_share_programs(
+    model_folder, rows_file, tmp_path, monkeypatch
+):
+  compiled = []
+
+  def measure(*args, **options):
+    before = num_compilations()
+    measured = measure_methods(*args, **options)
+    compiled.append(num_compilations() - before)
+    return measured
+
+  monkeypatch.setattr("bpd_jax.evaluate.measure_methods", measure)
+  evaluate(
+      str(model_folder), [JsonlTask(name, str(rows_file)) for name in ("first", "second")],
+      [Method("blockwise")], str(tmp_path / "out"), max_decode_length=9, repeats=1,
+  )
+  assert compiled[0] > 0 and compiled[1] == 0
+
+
 def test_missing_checkpoint_leaves_no_output(rows_file, tmp_path):
   with pytest.raises(InputError, match="^model folder = 'absent': allowed is a folder that exis"):
     evaluate("absent", [JsonlTask("rows", str(rows_file))], [], str(tmp_path / "new/out"))
