@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from bpd_jax.decoding.cache import cache_length
 from bpd_jax.decoding.rescoring import Scoring
 from bpd_jax.decoding.scorers.neural import NeuralScorer
-from bpd_jax.decoding.types import Cache, Prompt
+from bpd_jax.decoding.types import Cache, Drafted, Prompt
 from bpd_jax.generation import Generator
 from bpd_jax.model.model import EncoderDecoder
 from bpd_jax.programs import Context, make_cache, prefill
@@ -40,10 +40,16 @@ class ModelReader:
     start = jnp.full([batch], self.model.config.pad_id, jnp.int32)
     return prefill(self.model, view, tokens, lengths), cache, start
 
-  def read(self, view: Any, context: Context, cache: Cache, tokens, depth, visible):
+  def read(
+      self, view: Any, context: Context, cache: Cache, tokens, depth, visible,
+      drafted: Drafted | None = None,
+  ):
+    if drafted is not None:
+      pairs = tuple(zip(drafted.keys, drafted.values))
+      drafted = (pairs, drafted.depth, drafted.visible)
     hidden, keys, values, _ = self.model.apply(
         {"params": view}, tokens, depth, visible, tuple(zip(cache.keys, cache.values)),
-        cache.lengths, context.cross, context.mask, method="decode_block",
+        cache.lengths, context.cross, context.mask, drafted=drafted, method="decode_block",
     )
     return hidden, keys, values
 

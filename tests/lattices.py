@@ -27,16 +27,30 @@ class HashScorer:
     x = root * 7 + 3
     for before in history:
       x = (x * 31 + before + 1) % 10007
+    return self.last(x, token)
+
+  def last(self, x, token):
     return -(((x * 131 + token * 17) % 10007) % (self.spread + 1))
 
-  def score(self, params, state, history, candidates, i):
-    wanted = i if self.context < 0 else min(i, self.context)
-    assert history.shape[-1] == wanted
-    before = [history[..., j, None] for j in range(wanted)]
-    return self.value(state[:, None, None], before, candidates[:, None]).astype(jnp.float32)
+  def begin(self, params, state, num_paths, depth):
+    return jnp.full([len(state), num_paths, depth], -1, jnp.int32)
 
-  def bound(self, params, state, history, candidates, i):
-    return jnp.zeros([1, 1, 1])
+  def extend(self, params, state, trails, parents, tokens, i):
+    old = jnp.take_along_axis(trails, parents[..., None], axis=1)
+    return old.at[..., i].set(tokens)
+
+  def score(self, params, state, trails, candidates, i):
+    x = state[:, None] * 7 + 3
+    for j in range(trails.shape[-1]):
+      is_read = (j < i) & ((self.context < 0) | (j >= i - self.context))
+      x = jnp.where(is_read, (x * 31 + trails[..., j] + 1) % 10007, x)
+    return self.last(x[..., None], candidates[:, None]).astype(jnp.float32)
+
+  def bound(self, params, state, before, candidates, i):
+    if not 0 <= self.context <= 1:
+      return jnp.zeros([1, 1, 1])
+    history = [before[..., None]] * self.context
+    return self.value(state[:, None, None], history, candidates[:, None]).astype(jnp.float32)
 
 
 def random_lattice(rng, batch, depth, k, vocab_size=50, spread=4, num_steps=None):

@@ -50,8 +50,11 @@ def test_a_token_costs_its_share_of_a_call():
 def test_a_small_model_is_called_for_the_certain_tokens_and_for_each_step_after_the_first():
   small = CONFIG.replace(num_decoder_layers=1)
   plain, scored = (
-      token_cost(CONFIG, 3, 2, 2.0, output_length=7, input_length=5, scorers=scorers)
+      token_cost(
+          CONFIG, 4, 3, 2.0, output_length=7, input_length=5, scorers=scorers, num_prefixes=5
+      )
       for scorers in ((), (small,))
   )
-  calls = [call_cost(small, width, 1, 7, 5, num_heads=0) for width in (3, 1)]
-  assert scored == plain + (calls[0] + calls[1]) / 2
+  # Four certain tokens at most; then the newest token of five prefixes, twice.
+  calls = [call_cost(small, width, 1, 7, 5, num_heads=0) for width in (4, 5, 5)]
+  assert scored == plain + (calls[0] + calls[1] + calls[2]) / 2

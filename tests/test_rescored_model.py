@@ -169,7 +169,7 @@ def test_a_neural_scorer_scores_as_its_model_does(small, prompts, sees_input):
     scorer = NeuralScorer(ModelReader(small.model, sees_input), MAX_LENGTH)
     prompt = Prompt(jnp.array(tokens), jnp.array(lengths))
     state = jax.jit(scorer.init)(small.view, prompt)
-    start, score = jax.jit(scorer.start), jax.jit(scorer.score, static_argnames="i")
+    start, score, extend = jax.jit(scorer.start), jax.jit(scorer.score), jax.jit(scorer.extend)
     plain = EncoderDecoder(SMALL, single_device())
     if not sees_input:
       tokens, lengths = np.full([rows, 1], 1, np.int32), np.ones([rows], np.int32)
@@ -193,11 +193,12 @@ def test_a_neural_scorer_scores_as_its_model_does(small, prompts, sees_input):
       state = start(small.view, state, step)
       for row in range(rows):
         certain[row] += block[row, : num_tokens[row]].tolist()
-      for i in range(3):
-        history = rng.integers(2, VOCAB, [rows, 2, i]).astype(np.int32)
+      history = np.zeros([rows, 3, 0], np.int32)
+      trails = scorer.begin(small.view, state, 3, 4)
+      for i in range(4):
         candidates = np.argsort(rng.random([rows, VOCAB]), -1)[:, :5].astype(np.int32)
-        found = score(small.view, state, jnp.array(history), jnp.array(candidates), i=i)
-        for path in range(2):
+        found = score(small.view, state, trails, jnp.array(candidates), i)
+        for path in range(3):
           inputs = np.zeros([rows, MAX_LENGTH], np.int32)
           for row in range(rows):
             both = [0, *certain[row], *history[row, path]]
@@ -206,6 +207,15 @@ def test_a_neural_scorer_scores_as_its_model_does(small, prompts, sees_input):
           for row in range(rows):
             expected = logs[row, len(certain[row]) + i, candidates[row]]
             np.testing.assert_allclose(found[row, path], expected, atol=1e-9)
+        if i < 3:
+          # Paths go on from any of the three.
+          parents = rng.integers(0, 3, [rows, 3]).astype(np.int32)
+          more = rng.integers(2, VOCAB, [rows, 3]).astype(np.int32)
+          trails = extend(
+              small.view, state, trails, jnp.array(parents), jnp.array(more), jnp.int32(i)
+          )
+          history = np.take_along_axis(history, parents[..., None], axis=1)
+          history = np.concatenate([history, more[..., None]], axis=2)
 
 
 @pytest.mark.parametrize(

@@ -132,9 +132,12 @@ def test_no_repeat_sees_the_root_and_the_draft():
   scorer = NoRepeatScorer()
   root = jnp.array([4, 9], jnp.int32)
   candidates = jnp.array([[4, 5], [4, 9]], jnp.int32)
-  first = scorer.score((), root, jnp.zeros([2, 1, 0], jnp.int32), candidates, 0)
-  assert first.tolist() == [[[-1, 0]], [[0, -1]]]
-  later = scorer.score((), root, jnp.array([[[5], [7]], [[4], [9]]]), candidates, 1)
+  trails = scorer.begin((), root, 2, 2)
+  first = scorer.score((), root, trails, candidates, 0)
+  assert first.tolist() == [[[-1, 0]] * 2, [[0, -1]] * 2]
+  parents, more = jnp.array([[0, 0], [0, 1]]), jnp.array([[5, 7], [4, 9]])
+  trails = scorer.extend((), root, trails, parents, more, 0)
+  later = scorer.score((), root, trails, candidates, 1)
   assert later.tolist() == [[[0, -1], [0, 0]], [[-1, 0], [0, -1]]]
 
 
@@ -172,10 +175,10 @@ def test_cache_ngrams_are_counts_of_input_and_prefix(order, sees_input):
     for row in range(rows):
       outputs[row] += block[row, : num_tokens[row]].tolist()
   candidates = np.array([np.arange(1, 6)] * rows, np.int32)
+  drafted = np.zeros([rows, 2, 0], np.int32)
+  trails = scorer.begin((), state, 2, 3)
   for i in range(3):
-    drafted = rng.integers(1, 6, [rows, 2, i]).astype(np.int32)
-    history = drafted[..., max(i - (order - 1), 0) :]
-    found = scorer.score((), state, jnp.array(history), jnp.array(candidates), i)
+    found = scorer.score((), state, trails, jnp.array(candidates), i)
     for row in range(rows):
       # Between input and output stands what no n-gram crosses.
       text = tokens[row, : lengths[row]].tolist() if sees_input else []
@@ -186,3 +189,8 @@ def test_cache_ngrams_are_counts_of_input_and_prefix(order, sees_input):
         for c in range(5):
           expected = cache_prob(text, context, int(candidates[row, c]), 6, 0.4)
           np.testing.assert_allclose(np.exp(found[row, path, c]), expected, rtol=1e-4)
+    # Each path goes on from one of the two.
+    parents, more = rng.integers(0, 2, [rows, 2]), rng.integers(1, 6, [rows, 2])
+    trails = scorer.extend((), state, trails, jnp.array(parents), jnp.array(more, jnp.int32), i)
+    drafted = np.take_along_axis(drafted, parents[..., None], axis=1)
+    drafted = np.concatenate([drafted, more[..., None]], axis=2)

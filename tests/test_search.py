@@ -274,12 +274,28 @@ def test_weights_by_step_and_by_entropy():
   weights = weights.replace(by_step=weights.by_step * jnp.array([1.0, 3.0]))
   params = RescorerParams(weights, ((),))
   score = rescorer.path_score(params, (root,), lattice)
-  first = score.addends(jnp.zeros([1, 1, 0], jnp.int32), 0)[0, 0]
-  second = score.addends(jnp.array([[[6]]], jnp.int32), 1)[0, 0]
+  trails = score.begin(1)
+  first = score.addends(trails, 0)[0, 0]
+  trails = score.extend(trails, jnp.array([[0]]), jnp.array([[6]]), 0)
+  second = score.addends(trails, 1)[0, 0]
   for i, (found, history) in enumerate([(first, []), (second, [6])]):
     raw = np.array([scorer.value(3, history, int(t)) for t in lattice.tokens[0, i]])
     weight = 2 * [1, 3][i] * np.sqrt(entropy[i])
     np.testing.assert_allclose(found, lattice.scores[0, i] + weight * raw, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [SearchSettings(), SearchSettings("p_best"), SearchSettings("best_first", num_nodes=9)],
+)
+def test_a_lattice_without_steps_leaves_the_root(settings):
+  lattice = Lattice(
+      jnp.zeros([2, 0, 3], jnp.int32), jnp.zeros([2, 0, 3]), jnp.zeros([2], jnp.int32)
+  )
+  roots = jnp.array([4, 9], jnp.int32)
+  tree = settings.make(0)(lattice, roots, path_score(Rescorer(), lattice, roots))
+  assert settings.nodes(0) == 1
+  assert tree.tokens.tolist() == [[4], [9]] and tree.is_valid.all()
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,12 @@ Head 1 isn't in the lattice, so it is never re-scored. Weights are traced: tryin
 others compiles nothing.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 import dataclasses
 from typing import Any
 
 from flax import struct
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -115,30 +116,47 @@ class Rescorer:
       )  # [scorers, batch, depth]
       by_row = jnp.where(is_drafted, params.weights.by_step[:, None, :depth] * factor, 0)
 
-    def total(history: Array, i: int, judge: Callable) -> Array:
-      sums = jnp.broadcast_to(scores[:, None, i], history.shape[:2] + (k,))
-      each = zip(self.scorers, params.scorers, state)
-      for number, (scorer, own, before) in enumerate(each):
-        read = newest(history, scorer.context)
-        # What reads nothing says the same of every path.
-        read = read[:, :1] if scorer.context == 0 else read
-        more = judge(scorer)(own, before, read, lattice.tokens[:, i], i)
-        sums = sums + by_row[number, :, i][:, None, None] * more.astype(sums.dtype)
+    tokens = jnp.asarray(lattice.tokens)
+    own = params.scorers
+    each = list(enumerate(self.scorers))
+
+    def at_step(values: Array, i: Array | int) -> Array:
+      return jax.lax.dynamic_index_in_dim(values, i, axis=-1, keepdims=False)
+
+    def total(judged: Sequence[Array], i: Array | int) -> Array:
+      sums = at_step(scores.swapaxes(1, 2), i)[:, None]
+      for number, more in enumerate(judged):
+        weight = at_step(by_row[number], i)[:, None, None]
+        sums = sums + weight * more.astype(sums.dtype)
       return sums
 
-    def bound(scorer: Scorer) -> Callable:
-      # A score from one token at most is its own bound.
-      return scorer.score if 0 <= scorer.context <= 1 else scorer.bound
+    def begin(num_paths: int) -> tuple[Any, ...]:
+      return tuple(
+          scorer.begin(own[n], state[n], num_paths, depth) for n, scorer in each
+      )
 
-    addends = lambda history, i: total(history, i, lambda scorer: scorer.score)
-    bounds = lambda history, i: total(history, i, bound)
-    return PathScore(self.context, addends, bounds)
+    def extend(trails: tuple[Any, ...], parents: Array, chosen: Array, i) -> tuple[Any, ...]:
+      return tuple(
+          scorer.extend(own[n], state[n], trails[n], parents, chosen, i) for n, scorer in each
+      )
 
+    def addends(trails: tuple[Any, ...], i: Array | int) -> Array:
+      candidates = at_step(tokens.swapaxes(1, 2), i)
+      return total(
+          [scorer.score(own[n], state[n], trails[n], candidates, i) for n, scorer in each], i
+      )
 
-def newest(history: Array, context: int) -> Array:
-  """The newest `context` tokens along the last axis; all for -1."""
-  length = history.shape[-1]
-  return history if context < 0 else history[..., length - min(context, length) :]
+    def bounds() -> Array:
+      def after(before: Array, candidates: Array, i: Array) -> Array:
+        return total(
+            [scorer.bound(own[n], state[n], before, candidates, i) for n, scorer in each], i
+        )
+
+      # All steps at once: they are small, and nothing of one depends on another.
+      steps = jnp.arange(1, depth)
+      return jax.vmap(after, (1, 1, 0), 1)(tokens[:, :-1], tokens[:, 1:], steps)
+
+    return PathScore(self.context, begin, extend, addends, bounds)
 
 
 @dataclasses.dataclass(frozen=True)

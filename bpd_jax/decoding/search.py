@@ -5,15 +5,17 @@ p best of those that a beam keeps, `best_first` the prefixes of highest score. A
 `chain` share one way to build a tree: paths merge where they have a prefix in common.
 """
 
+from collections.abc import Callable
 import dataclasses
 import functools
+from typing import Any
 
 from flax import struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bpd_jax.decoding.rescoring import NEVER, newest
+from bpd_jax.decoding.rescoring import NEVER
 from bpd_jax.decoding.types import Array, Lattice, PathScore, Search, Tree
 from bpd_jax.errors import InputError
 
@@ -70,14 +72,23 @@ class SearchSettings:
   def nodes(self, depth: int) -> int:
     """Nodes of the trees."""
     every = 1 + self.num_paths * depth
-    if self.num_nodes is None:
+    if self.num_nodes is None or depth == 0:
       return every
     return self.num_nodes if self.name == "best_first" else min(self.num_nodes, every)
+
+  @property
+  def num_prefixes(self) -> int:
+    """Prefixes that it keeps from step to step, where scorers see the whole draft."""
+    if self.name == "chain":
+      return 1
+    if self.name == "best_first":
+      return self.num_nodes - 1
+    return max(self.beam_width, self.num_paths)
 
   def make(self, depth: int) -> Search:
     """The search over lattices of this depth."""
     nodes = self.nodes(depth)
-    if self.name == "chain":
+    if self.name == "chain" or depth == 0:
       return functools.partial(chain, num_nodes=nodes)
     if self.name == "best_first":
       return functools.partial(best_first, num_nodes=nodes)
@@ -115,11 +126,27 @@ def chain(lattice: Lattice, root: Array, score: PathScore, *, num_nodes: int) ->
     A tree of `num_nodes` nodes in which node i is the child of node i - 1.
   """
   num_drafted = num_nodes - 1
-  drafted = lattice.tokens[:, :0, 0]
-  for i in range(num_drafted):
-    best = jnp.argmax(score.addends(newest(drafted, score.context)[:, None], i)[:, 0], axis=-1)
-    token = jnp.take_along_axis(lattice.tokens[:, i], best[:, None], axis=1)
-    drafted = jnp.concatenate([drafted, token], axis=1)
+  lattice = jax.tree.map(jnp.asarray, lattice)
+  if lattice.tokens.shape[2] == 1 or num_drafted == 0:
+    drafted = lattice.tokens[:, :num_drafted, 0]
+  else:
+    parents = jnp.zeros([len(root), 1], jnp.int32)
+
+    def choose(addends: Array, i: Array | int) -> Array:
+      best = jnp.argmax(addends[:, :1], axis=-1)
+      return jnp.take_along_axis(_at_step(lattice.tokens, i), best, axis=1)
+
+    def take(before: tuple[Any, Array], i: Array) -> tuple[tuple[Any, Array], Array]:
+      trails = score.extend(before[0], parents, before[1], i - 1)
+      token = choose(score.addends(trails, i), i)
+      return (trails, token), token
+
+    trails = score.begin(1)
+    first = choose(score.addends(trails, 0), 0)
+    drafted = first
+    if num_drafted > 1:
+      _, others = jax.lax.scan(take, (trails, first), jnp.arange(1, num_drafted))
+      drafted = jnp.concatenate([first, others[..., 0].T], axis=1)
   step = np.arange(num_nodes, dtype=np.int32)
   return Tree(
       tokens=jnp.concatenate([root[:, None], drafted], axis=1),
@@ -180,61 +207,133 @@ def best_paths(
   Returns:
     The paths, best first.
   """
-  batch, depth, k = lattice.tokens.shape
   is_small = 0 <= score.context <= 1 and not is_beam
   width = num_paths if is_small else max(beam_width, num_paths)
-  steps, completions = _backward(lattice, score)
-  sums = jnp.zeros([batch, 1], lattice.scores.dtype)
-  choices = jnp.zeros([batch, 1, 0], jnp.int32)
-  tokens = choices
-  dropped = jnp.full([batch], -jnp.inf, sums.dtype)
-  for i in range(depth):
-    if is_small:
-      addends = steps[i]  # [batch, 1 or k, k]
-      if i and score.context:
-        addends = jnp.take_along_axis(addends, choices[..., -1:], axis=1)
-    else:
-      addends = score.addends(newest(tokens, score.context), i)
-    total = sums[..., None] + addends  # [batch, prefixes, k]
-    keep = min(width, total.shape[1] * k)
-    value = (total + completions[i][:, None]).reshape(batch, -1)
-    _, best = jax.lax.top_k(total.reshape(batch, -1) if is_beam else value, keep)
-    if not is_small and keep < value.shape[1]:
-      left = value.at[jnp.arange(batch)[:, None], best].set(-jnp.inf)
-      dropped = jnp.maximum(dropped, left.max(-1))
-    sums = jnp.take_along_axis(total.reshape(batch, -1), best, axis=1)
-    parent, choice = best // k, (best % k).astype(jnp.int32)
-    token = jnp.take_along_axis(lattice.tokens[:, i], choice, axis=1)
-    extend = lambda old, new: jnp.concatenate(
-        [jnp.take_along_axis(old, parent[..., None], axis=1), new[..., None]], axis=2
-    )
-    choices, tokens = extend(choices, choice), extend(tokens, token)
+  bounds = score.bounds()
+
+  def grow(trails: Any, prefixes: Prefixes, i: Array) -> tuple[Any, Array]:
+    if not is_small:
+      return _extend(lattice, score, trails, prefixes, i)
+    addends = _at_step(trails, i)  # [batch, 1 or k, k]
+    if addends.shape[1] > 1:
+      addends = jnp.take_along_axis(addends, prefixes.choices[..., None], axis=1)
+    return trails, addends
+
+  if is_small:
+    first = score.addends(score.begin(1), 0)[:, None]
+    first = jnp.broadcast_to(first, (len(first), 1, *bounds.shape[2:]))
+    trails = jnp.concatenate([first, bounds], axis=1)
+  else:
+    trails = score.begin(width)
+  levels, left = _walk(lattice, width, trails, grow, _completions(lattice, bounds), is_beam)
   # The last step's values were whole paths', so they are in order.
-  sums, choices = sums[:, :num_paths], choices[:, :num_paths]
-  return Paths(choices, sums, dropped <= sums[:, -1])
+  sums = levels.sums[-1, :, :num_paths]
+  dropped = jnp.full_like(sums[:, -1], -jnp.inf) if is_small else left.max(0)
+  return Paths(_choices(levels, num_paths), sums, dropped <= sums[:, -1])
 
 
-def _backward(lattice: Lattice, score: PathScore) -> tuple[list[Array], list[Array]]:
-  """Bounds of every step's addends, and of the best completion after each candidate.
+@struct.dataclass
+class Prefixes:
+  """Beginnings of paths, all of one length, best first.
+
+  Attributes:
+    sums: [batch, width], what they are worth; -inf where there are no more.
+    parents: [batch, width] int32, which of those a step shorter each goes on from.
+    choices: [batch, width] int32, the candidate that it takes.
+  """
+
+  sums: Array
+  parents: Array
+  choices: Array
+
+
+def _walk(
+    lattice: Lattice, width: int, trails: Any, grow: Callable,
+    completions: Array | None = None, is_beam: bool = False,
+) -> tuple[Prefixes, Array]:
+  """Goes through a lattice with the best prefixes of each length.
+
+  Args:
+    lattice: of one step at least.
+    width: prefixes kept (static).
+    trails: of `width` paths without a token.
+    grow: (trails, prefixes, i) -> their trails with their newest tokens, and the
+      addends of step i.
+    completions: [depth, batch, k] what comes after each candidate can be worth; it counts
+      as well where given.
+    is_beam: whether prefixes are kept by what they are worth so far alone (static).
 
   Returns:
-    A list of [batch, 1 or k, k], and one of [batch, k].
+    The prefixes of every length, [depth, batch, width], and the best value of those that
+    weren't kept, completions included, [depth, batch].
   """
   batch, depth, k = lattice.tokens.shape
-  steps = []
-  for i in range(depth):
-    if i and score.context:
-      history = lattice.tokens[:, i - 1][..., None]
-    else:
-      history = jnp.zeros([batch, 1, 0], jnp.int32)
-    steps.append(score.bounds(history, i))
-  best = jnp.zeros([batch, k], lattice.scores.dtype)
-  completions = [best]
-  for i in reversed(range(1, depth)):
-    best = (steps[i] + best[:, None]).max(-1)
-    best = jnp.broadcast_to(best, (batch, k))
-    completions.append(best)
-  return steps, completions[::-1]
+  row = jnp.arange(batch)[:, None]
+
+  def go_on(before: tuple[Any, Prefixes], i: Array) -> tuple[tuple[Any, Prefixes], Any]:
+    trails, addends = grow(*before, i)
+    total = before[1].sums[..., None] + addends  # [batch, width, k]
+    value = total if completions is None else total + completions[i][:, None]
+    total, value = total.reshape(batch, -1), value.reshape(batch, -1)
+    _, place = jax.lax.top_k(total if is_beam else value, width)
+    left = value.at[row, place].set(-jnp.inf).max(-1)
+    place = place.astype(jnp.int32)
+    sums = jnp.take_along_axis(total, place, axis=1)
+    prefixes = Prefixes(sums, place // k, place % k)
+    return (trails, prefixes), (prefixes, left)
+
+  # One path without a token; the others are none.
+  sums = jnp.full([batch, width], -jnp.inf, lattice.scores.dtype).at[:, :1].set(0)
+  none = jnp.zeros([batch, width], jnp.int32)
+  start = (trails, Prefixes(sums, none, none))
+  return jax.lax.scan(go_on, start, jnp.arange(depth, dtype=jnp.int32))[1]
+
+
+def _extend(
+    lattice: Lattice, score: PathScore, trails: Any, prefixes: Prefixes, i: Array
+) -> tuple[Any, Array]:
+  """Trails of prefixes of i tokens, and the addends of step i."""
+
+  def extend() -> Any:
+    before = _at_step(jnp.asarray(lattice.tokens), i - 1)
+    tokens = jnp.take_along_axis(before, prefixes.choices, axis=1)
+    return score.extend(trails, prefixes.parents, tokens, i - 1)
+
+  trails = jax.lax.cond(i > 0, extend, lambda: trails)
+  return trails, score.addends(trails, i)
+
+
+def _choices(levels: Prefixes, num_paths: int) -> Array:
+  """The candidates of the best paths, [batch, paths, depth]: from their ends to the root."""
+
+  def back(place: Array, level: Prefixes) -> tuple[Array, Array]:
+    pick = lambda values: jnp.take_along_axis(values, place, axis=1)
+    return pick(level.parents), pick(level.choices)
+
+  batch = levels.sums.shape[1]
+  last = jnp.broadcast_to(jnp.arange(num_paths, dtype=jnp.int32), (batch, num_paths))
+  _, choices = jax.lax.scan(back, last, levels, reverse=True)
+  return jnp.moveaxis(choices, 0, -1)
+
+
+def _completions(lattice: Lattice, bounds: Array) -> Array:
+  """What the best completion after each candidate can be worth, [depth, batch, k]."""
+  batch, _, k = lattice.tokens.shape
+  nothing = jnp.zeros([batch, k], lattice.scores.dtype)
+  if not bounds.shape[1]:
+    return nothing[None]
+
+  def back(best: Array, bound: Array) -> tuple[Array, Array]:
+    best = jnp.broadcast_to((bound + best[:, None]).max(-1), (batch, k))
+    return best, best
+
+  _, completions = jax.lax.scan(back, nothing, jnp.moveaxis(bounds, 1, 0), reverse=True)
+  return jnp.concatenate([completions, nothing[None]])
+
+
+def _at_step(values: Array, i: Array | int) -> Array:
+  """[batch, depth, …] -> [batch, …]."""
+  return jax.lax.dynamic_index_in_dim(values, i, axis=1, keepdims=False)
 
 
 def merge_paths(lattice: Lattice, root: Array, paths: Paths, num_nodes: int) -> Tree:
@@ -258,19 +357,11 @@ def merge_paths(lattice: Lattice, root: Array, paths: Paths, num_nodes: int) -> 
   node = jnp.take_along_axis(number, maker, axis=1)  # of every prefix, from 1 on
   parent = jnp.concatenate([jnp.zeros_like(node[..., :1]), node[..., :-1]], axis=2)
   tokens = jnp.take_along_axis(lattice.tokens, paths.choices.swapaxes(1, 2), axis=2)
-  tokens = tokens.swapaxes(1, 2)
   level = jnp.broadcast_to(jnp.arange(1, depth + 1), node.shape)
-  # Nodes that aren't new, or too many, fall off the end.
-  at = jnp.where(is_new & (number < num_nodes), number, num_nodes).reshape(batch, -1)
-  place = lambda values, first: _scatter(
-      jnp.broadcast_to(first, [batch]), at, values.reshape(batch, -1), num_nodes
-  )
-  return Tree(
-      tokens=place(tokens, root),
-      depth=place(level, 0),
-      parents=place(parent, -1),
-      is_valid=place(is_new, True),
-      max_depth=depth,
+  in_row = lambda values: values.reshape(batch, -1)
+  return _tree(
+      root, in_row(number), in_row(tokens.swapaxes(1, 2)), in_row(level), in_row(parent),
+      num_nodes, depth,
   )
 
 
@@ -313,55 +404,61 @@ def best_first(lattice: Lattice, root: Array, score: PathScore, *, num_nodes: in
     score: what prefixes are worth.
     num_nodes: nodes, root included (static).
   """
-  batch, depth, k = lattice.tokens.shape
+  batch, depth, _ = lattice.tokens.shape
   width = num_nodes - 1
   mass = jnp.minimum(jax.nn.logsumexp(lattice.scores, axis=-1), 0)  # [batch, depth]
-  sums = jnp.zeros([batch, 1], lattice.scores.dtype)
-  tokens = jnp.zeros([batch, 1, 0], jnp.int32)
-  levels = []
-  for i in range(depth):
-    addends = jax.nn.log_softmax(score.addends(newest(tokens, score.context), i), axis=-1)
-    is_drafted = (i < lattice.num_steps)[:, None, None]
-    addends = jnp.where(is_drafted, addends + mass[:, i, None, None], NEVER)
-    total = (sums[..., None] + addends).reshape(batch, -1)
-    sums, best = jax.lax.top_k(total, min(width, total.shape[1]))
-    parent, choice = best // k, best % k
-    token = jnp.take_along_axis(lattice.tokens[:, i], choice, axis=1)
-    levels.append((sums, parent, token))
-    tokens = jnp.concatenate(
-        [jnp.take_along_axis(tokens, parent[..., None], axis=1), token[..., None]], axis=2
-    )
+
+  def grow(trails: Any, prefixes: Prefixes, i: Array) -> tuple[Any, Array]:
+    trails, addends = _extend(lattice, score, trails, prefixes, i)
+    addends = jax.nn.log_softmax(addends, axis=-1) + _at_step(mass, i)[:, None, None]
+    return trails, jnp.where((i < lattice.num_steps)[:, None, None], addends, NEVER)
+
+  levels, _ = _walk(lattice, width, score.begin(width), grow)
   # All levels in one row, a parent always before its children; node 0 is the root.
-  starts = np.cumsum([0, *(level[0].shape[1] for level in levels)])
-  scores = jnp.concatenate([level[0] for level in levels], axis=1)
-  parents = jnp.concatenate(
-      [jnp.zeros_like(levels[0][1]) - 1]
-      + [level[1] + start for level, start in zip(levels[1:], starts)], axis=1
+  levels = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), levels)  # [batch, depth, width]
+  tokens = jnp.take_along_axis(lattice.tokens, levels.choices, axis=2)
+  scores, parents, tokens = (
+      x.reshape(batch, -1) for x in (levels.sums, levels.parents, tokens)
   )
-  tokens = jnp.concatenate([level[2] for level in levels], axis=1)
-  level_of = np.repeat(np.arange(1, depth + 1), np.diff(starts))
-  _, chosen = jax.lax.top_k(scores, min(width, scores.shape[1]))
-  is_chosen = jnp.zeros(scores.shape, bool).at[jnp.arange(batch)[:, None], chosen].set(True)
-  is_chosen &= scores > NEVER / 2
-  number = jnp.cumsum(is_chosen, axis=1)
-  at = jnp.where(is_chosen, number, num_nodes)
-  parent = jnp.take_along_axis(number, jnp.maximum(parents, 0), axis=1)
-  place = lambda values, first: _scatter(
-      jnp.broadcast_to(first, [batch]), at, jnp.broadcast_to(values, scores.shape), num_nodes
-  )
+  level = np.repeat(np.arange(1, depth + 1), width)
+  _, chosen = jax.lax.top_k(scores, width)
+  is_chosen = (chosen[:, None] == np.arange(depth * width)[:, None]).any(-1)
+  number = jnp.cumsum(is_chosen & (scores > NEVER / 2), axis=1)
+  at = jnp.maximum(parents + (level - 2) * width, 0)
+  parent = jnp.where(level == 1, 0, jnp.take_along_axis(number, at, axis=1))
+  level = jnp.broadcast_to(level, scores.shape)
+  return _tree(root, number, tokens, level, parent, num_nodes, depth)
+
+
+def _tree(
+    root: Array, number: Array, tokens: Array, level: Array, parents: Array, num_nodes: int,
+    max_depth: int,
+) -> Tree:
+  """A tree of the entries of a row that are nodes.
+
+  Args:
+    root: [batch] int32.
+    number: [batch, n] how many nodes there are up to each entry, itself included; an entry
+      that makes it larger is the node of that number, those from `num_nodes` on are left out.
+    tokens: [batch, n] int32.
+    level: [batch, n], tokens from the root to each entry.
+    parents: [batch, n], numbers of nodes.
+    num_nodes: root included (static).
+    max_depth: of the tree (static).
+  """
+  node = jnp.arange(1, num_nodes)
+  is_valid = node <= number[:, -1:]
+  # By counting, not by a scatter, which a CPU does entry by entry.
+  entry = (number[:, None] < node[:, None]).sum(-1)
+  entry = jnp.minimum(entry, number.shape[1] - 1)
+  join = lambda first, values: jnp.concatenate([
+      jnp.broadcast_to(first, is_valid[:, :1].shape).astype(jnp.int32),
+      jnp.where(is_valid, jnp.take_along_axis(values, entry, axis=1), 0).astype(jnp.int32),
+  ], axis=1)
   return Tree(
-      tokens=place(tokens, root),
-      depth=place(level_of, 0),
-      parents=place(jnp.where(parents < 0, 0, parent), -1),
-      is_valid=place(is_chosen, True),
-      max_depth=depth,
+      tokens=join(root[:, None], tokens),
+      depth=join(0, level),
+      parents=join(-1, parents),
+      is_valid=jnp.concatenate([jnp.ones([len(root), 1], bool), is_valid], axis=1),
+      max_depth=max_depth,
   )
-
-
-def _scatter(first: Array, at: Array, values: Array, length: int) -> Array:
-  """[batch, length] with `first` at 0 and `values` where `at` says; beyond it, nowhere."""
-  batch = first.shape[0]
-  # A Python number is 64 bits wide where those are switched on.
-  dtype = jnp.int32 if jnp.issubdtype(first.dtype, jnp.integer) else first.dtype
-  out = jnp.zeros([batch, length], dtype).at[:, 0].set(first.astype(dtype))
-  return out.at[jnp.arange(batch)[:, None], at].set(values.astype(dtype), mode="drop")

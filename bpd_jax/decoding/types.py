@@ -81,6 +81,23 @@ class Cache:
 
 
 @struct.dataclass
+class Drafted:
+  """Nodes that were read in earlier calls and aren't certain, beside a cache.
+
+  Attributes:
+    keys: one array a layer, [batch, heads, head_dim, slots].
+    values: likewise, [batch, heads, slots, head_dim].
+    depth: [batch or 1, slots] int32, as in `Tree`.
+    visible: [batch, nodes, slots] bool, which of them each node of this call sees.
+  """
+
+  keys: tuple[Array, ...]
+  values: tuple[Array, ...]
+  depth: Array | np.ndarray
+  visible: Array
+
+
+@struct.dataclass
 class Verified:
   """What one decoder call over a tree says.
 
@@ -152,16 +169,20 @@ class PathScore:
   Attributes:
     context: how many of the newest drafted tokens an addend depends on; -1 for
       all of them (static).
-    addends: (history [batch, paths, n] int32, i) -> [batch, paths, k], what each
-      candidate of step i adds to each of the paths whose newest drafted tokens are
-      `history`, newest last; n = min(i, context), or i where context is -1.
-    bounds: as `addends`, which never exceed these, from the newest drafted token
-      alone: n = min(i, 1). What lies ahead is judged by them.
+    begin: (number of paths) -> trails of so many paths without a drafted token.
+    extend: (trails, parents [batch, paths] int32, tokens [batch, paths] int32, i) ->
+      trails of paths that are each one of those, `parents`, and a token of step i more.
+    addends: (trails, i) -> [batch, paths or 1, k], what each candidate of step i adds to
+      each path.
+    bounds: () -> [batch, depth - 1, k or 1, k], what the addends of the steps after the
+      first never exceed, by the candidate before; where `context` is 0 or 1, the addends.
   """
 
   context: int
-  addends: Callable[[Array, int], Array]
-  bounds: Callable[[Array, int], Array]
+  begin: Callable[[int], Any]
+  extend: Callable[[Any, Array, Array, Array | int], Any]
+  addends: Callable[[Any, Array | int], Array]
+  bounds: Callable[[], Array]
 
 
 Verify = Callable[[Cache, Tree], Verified]
@@ -192,6 +213,10 @@ class Drafter(Protocol):
 class Scorer(Protocol):
   """Judges candidates by the tokens before them, whatever the drafter thinks.
 
+  A search calls it step by step, in a loop that is compiled once: what the scorer has to
+  know of the drafted tokens of each path is in its *trails*, a pytree of one shape
+  throughout a search.
+
   Attributes:
     context: how many of the newest drafted tokens a score depends on, besides all
       tokens that are certain; -1 for the whole draft (static).
@@ -205,36 +230,61 @@ class Scorer(Protocol):
   def start(self, params: Any, state: Any, step: Step) -> Any:
     """Takes in `step`, the tokens certain since the last call; the last is the root."""
 
+  def begin(self, params: Any, state: Any, num_paths: int, depth: int) -> Any:
+    """Trails of paths without a drafted token.
+
+    Args:
+      params: the scorer's.
+      state: from `start`.
+      num_paths: how many paths (static).
+      depth: most tokens that a path will have (static).
+    """
+
+  def extend(
+      self, params: Any, state: Any, trails: Any, parents: Array, tokens: Array, i: Array | int
+  ) -> Any:
+    """Trails of paths that are each one of the old ones and a token more.
+
+    Args:
+      params: the scorer's.
+      state: from `start`.
+      trails: of the paths before.
+      parents: [batch, paths] int32, which of them each path goes on from.
+      tokens: [batch, paths] int32, candidates of step i.
+      i: the step, the tokens that the old paths have; 0 for the token after the root.
+    """
+
   def score(
-      self, params: Any, state: Any, history: Array, candidates: Array, i: int
+      self, params: Any, state: Any, trails: Any, candidates: Array, i: Array | int
   ) -> Array:
     """Log-probabilities, at most 0, of a step's candidates.
 
     Args:
       params: the scorer's.
       state: from `start`.
-      history: [batch, paths, n] int32, the newest drafted tokens, newest last.
+      trails: of paths of i tokens.
       candidates: [batch, k] int32, of step i.
-      i: the step, 0 for the token after the root (static).
+      i: the step.
 
     Returns:
-      [batch, paths, k].
+      [batch, paths or 1, k].
     """
 
   def bound(
-      self, params: Any, state: Any, history: Array, candidates: Array, i: int
+      self, params: Any, state: Any, before: Array, candidates: Array, i: Array | int
   ) -> Array:
-    """At least `score`, whatever stands before `history`; read where context is above 1.
+    """At least `score` after a token, whatever stands before it; `score` where that says it.
 
     Args:
       params: the scorer's.
       state: from `start`.
-      history: [batch, paths, min(i, 1)] int32, the newest drafted token.
+      before: [batch, paths] int32, tokens of step i - 1.
       candidates: [batch, k] int32, of step i.
-      i: the step (static).
+      i: the step, at least 1.
 
     Returns:
-      [batch, paths or 1, k or 1]; 0 is always right.
+      [batch, paths or 1, k or 1]; 0 is always right where `context` is above 1, where it
+      is 0 or 1 the score is wanted.
     """
 
 

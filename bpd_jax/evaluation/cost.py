@@ -79,13 +79,14 @@ def call_cost(
 def token_cost(
     config: ModelConfig, nodes: int, num_heads: int, block_efficiency: float, *,
     output_length: int, input_length: int, scorers: Sequence[ModelConfig] = (),
+    num_prefixes: int = 1,
 ) -> Cost:
   """Cost of one emitted token at batch 1.
 
   A small model that re-scores reads the tokens that became certain in one call, and
-  the draft so far in one more for each step of the lattice after the first; its
-  output projection is counted at every node. n-grams and searches are taken to be
-  free, as they read no weights.
+  the newest token of each prefix in one more for each step of the lattice after the
+  first; its output projection is counted at every node, what it keeps of the draft isn't.
+  n-grams and searches are taken to be free, as they read no weights.
 
   Args:
     config: of the model.
@@ -95,9 +96,10 @@ def token_cost(
     output_length: tokens in the cache.
     input_length: of the encoder.
     scorers: of the small models.
+    num_prefixes: that the search keeps.
   """
   cost = call_cost(config, nodes, 1, output_length, input_length, num_heads=num_heads)
   for small in scorers:
-    for width in (num_heads + 1, *range(1, num_heads)):
+    for width in (num_heads + 1, *[num_prefixes] * (num_heads - 1)):
       cost += call_cost(small, width, 1, output_length, input_length, num_heads=0)
   return cost / block_efficiency

@@ -128,6 +128,7 @@ def _cost(
           part.scorer.model.model.config for part in scoring
           if isinstance(part.scorer, NeuralScorer)
       ],
+      num_prefixes=settings.search.num_prefixes,
   )
   return dataclasses.asdict(cost)
 

@@ -129,11 +129,10 @@ def _look(model, settings, view, hidden, params, state, path):
     weights = jax.tree.map(lambda x, n=number: x[n : n + 1], params.weights)
     own = RescorerParams(weights, params.scorers[number : number + 1])
     score = alone.path_score(own, state[number : number + 1], lattice)
-    seen = alone.context
-    added = []
+    trails, added = score.begin(1), []
     for i in range(depth):
-      length = i if seen < 0 else min(i, seen)
-      history = path[:, None, i - length : i]
-      added.append(score.addends(history, i)[:, 0] - lattice.scores[:, i])
+      added.append(score.addends(trails, i)[:, 0] - lattice.scores[:, i])
+      if i + 1 < depth:
+        trails = score.extend(trails, jnp.zeros_like(path[:, :1]), path[:, i : i + 1], i)
     parts.append(jnp.stack(added, axis=1))
   return {"tokens": lattice.tokens, "heads": lattice.scores, "scorers": parts}

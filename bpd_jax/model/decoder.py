@@ -146,6 +146,7 @@ class Decoder(nn.Module):
   def block(
       self, x: Array, depth, visible, past: tuple[KeysValues, ...], lengths: Array,
       cross: tuple[KeysValues, ...], encoder_mask: Array, probes: ProbeSpec | None = None,
+      drafted: tuple[tuple[KeysValues, ...], Array, Array] | None = None,
   ) -> tuple[Array, tuple[Array, ...], tuple[Array, ...], Array | None]:
     """One call over the nodes of a tree; needs the view. Reads the cache only.
 
@@ -159,6 +160,9 @@ class Decoder(nn.Module):
       cross: from `cross_keys_values`.
       encoder_mask: [batch, encoder length] bool.
       probes: columns that enter below the last layer.
+      drafted: nodes of earlier calls that aren't committed: their keys and values, laid
+        out as `past`, their depth [batch or 1, slots], and which of them each node sees,
+        [batch, nodes, slots] bool; not where there are probes.
 
     Returns:
       hidden [batch, nodes, d_model]; keys and values of the nodes, one array a
@@ -177,6 +181,11 @@ class Decoder(nn.Module):
       return past_bias, own_bias
 
     past_bias, own_bias = biases(position, visible)
+    drafts = [[] for _ in self.layers]
+    if drafted is not None:
+      pairs, slot_depth, is_seen = drafted
+      bias = self.relpos_bias(position, lengths[:, None] + slot_depth)
+      drafts = [[(*pair, mask_bias(bias, is_seen[:, None]))] for pair in pairs]
     cross_bias = mask_bias(jnp.zeros([], past_bias.dtype), encoder_mask[:, None, None, :])
     keys, values = [], []
     for i, layer in enumerate(self.layers):
@@ -187,8 +196,8 @@ class Decoder(nn.Module):
             probe_positions(position, probes.per_node),
             column_mask(visible, probes.per_node, probes.visibility),
         )
-      segment = (*past[i], past_bias)
-      x, (key, value) = layer.block(x, [segment], own_bias, (*cross[i], cross_bias))
+      segments = [(*past[i], past_bias), *drafts[i]]
+      x, (key, value) = layer.block(x, segments, own_bias, (*cross[i], cross_bias))
       # Keys and values of probes are never kept.
       keys.append(key[..., :nodes])
       values.append(value[:, :, :nodes])

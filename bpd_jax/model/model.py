@@ -108,12 +108,13 @@ class EncoderDecoder(nn.Module):
   def decode_block(
       self, tokens: Array, depth, visible, past: tuple[KeysValues, ...], lengths: Array,
       cross: tuple[KeysValues, ...], encoder_mask: Array, probes: ProbeSpec | None = None,
+      drafted: tuple[tuple[KeysValues, ...], Array, Array] | None = None,
   ):
     """One call over the nodes of a tree; see `Decoder.block`. Needs the view."""
     if probes is not None:
       probes.check(self.config.num_decoder_layers)
     return self.decoder.block(
-        self.embed(tokens), depth, visible, past, lengths, cross, encoder_mask, probes
+        self.embed(tokens), depth, visible, past, lengths, cross, encoder_mask, probes, drafted
     )
 
 

@@ -13,6 +13,7 @@ from flax import struct
 import jax.numpy as jnp
 
 from bpd_jax.decoding.cache import write_rows
+from bpd_jax.decoding.scorers.window import begin_windows, extend_windows
 from bpd_jax.decoding.types import Array, Prompt, Step
 from bpd_jax.errors import InputError
 
@@ -77,20 +78,22 @@ class CacheNgramScorer:
     tokens = write_rows(state.tokens, block, begin + state.num_tokens, axis=1)
     return CacheState(tokens, state.num_tokens + step.num_tokens)
 
-  def score(
-      self, params, state: CacheState, history: Array, candidates: Array, i: int
-  ) -> Array:
-    batch, num_paths, n = history.shape
+  def begin(self, params, state: CacheState, num_paths: int, depth: int) -> Array:
     text = state.tokens
-    # The tokens before the candidate: the newest certain ones, then the path.
     begin = text.shape[1] - (2 * self.max_length + 2)
-    back = jnp.arange(-(self.context - n), 0)
-    at = begin + state.num_tokens[:, None] + back
+    at = begin + state.num_tokens[:, None] + jnp.arange(-self.context, 0)
     certain = jnp.take_along_axis(text, jnp.maximum(at, 0), axis=1)
-    certain = jnp.where(at >= begin, certain, -2)  # no output is that long yet
-    certain = jnp.broadcast_to(certain[:, None], (batch, num_paths, self.context - n))
-    before = jnp.concatenate([certain, history], axis=2)  # [batch, paths, order - 1]
+    # -2 where no output is that long yet.
+    return begin_windows(jnp.where(at >= begin, certain, -2), num_paths)
 
+  def extend(
+      self, params, state: CacheState, trails: Array, parents: Array, tokens: Array, i
+  ) -> Array:
+    return extend_windows(trails, parents, tokens)
+
+  def score(self, params, state: CacheState, trails: Array, candidates: Array, i) -> Array:
+    batch, num_paths, _ = trails.shape
+    text = state.tokens
     is_token = (text >= 0).astype(jnp.float32)
     is_candidate = (candidates[:, :, None] == text[:, None]).astype(jnp.float32)
     matches = jnp.broadcast_to(is_token[:, None], (batch, num_paths, text.shape[1]))
@@ -99,12 +102,14 @@ class CacheNgramScorer:
       if order > 1:
         # Positions whose token `order - 1` before is that of the history.
         shifted = jnp.pad(text, ((0, 0), (order - 1, 0)), constant_values=-1)
-        same = shifted[:, None, : text.shape[1]] == before[..., 1 - order, None]
+        same = shifted[:, None, : text.shape[1]] == trails[..., 1 - order, None]
         matches = matches * same
       total = matches.sum(-1)[..., None]
       counts = jnp.einsum("bwl,bkl->bwk", matches, is_candidate)
       probs = (counts + self.smoothing * probs) / (total + self.smoothing)
     return jnp.log(probs)
 
-  def bound(self, params, state, history: Array, candidates: Array, i: int) -> Array:
-    return jnp.zeros([1, 1, 1])
+  def bound(self, params, state: CacheState, before: Array, candidates: Array, i) -> Array:
+    if self.context > 1:
+      return jnp.zeros([1, 1, 1])
+    return self.score(params, state, before[..., None][..., : self.context], candidates, i)

@@ -1,8 +1,9 @@
 """A small language model's opinion of a draft (Kim et al. 2024, Algorithm 2).
 
 The model has its own cache of the certain tokens. Each call of the loop begins with
-one block call over those that became certain since the last; what it computes of the
-draft is thrown away, so nothing is ever rolled back.
+one block call over those that became certain since the last. Each step of a search reads
+the newest token of every path; what that computes is kept beside the cache until the
+search is over and then thrown away, so nothing is ever rolled back.
 """
 
 import dataclasses
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bpd_jax.decoding.cache import append_chain
-from bpd_jax.decoding.types import Array, Cache, Prompt, Step
+from bpd_jax.decoding.types import Array, Cache, Drafted, Prompt, Step
 
 
 class LanguageModel(Protocol):
@@ -24,12 +25,35 @@ class LanguageModel(Protocol):
     """What it reads of the inputs, an empty cache, and the start token [batch] int32."""
 
   def read(
-      self, params: Any, context: Any, cache: Cache, tokens: Array, depth: Array, visible: Array
+      self, params: Any, context: Any, cache: Cache, tokens: Array, depth: Array, visible: Array,
+      drafted: Drafted | None = None,
   ) -> tuple[Array, tuple[Array, ...], tuple[Array, ...]]:
-    """One call over nodes: hidden [batch, nodes, d], and the nodes' keys and values."""
+    """One call over nodes that see the cache, each other where `visible`, and `drafted`.
+
+    Returns:
+      hidden [batch, nodes, d], and the nodes' keys and values.
+    """
 
   def logits(self, params: Any, hidden: Array) -> Array:
     """[..., d] -> [..., vocab]."""
+
+
+@struct.dataclass
+class NeuralTrails:
+  """What was read of the paths.
+
+  Attributes:
+    hidden: [batch, paths, d] after the newest token of each.
+    keys: one array a layer, [batch, heads, head_dim, slots], slots = paths × (depth - 1):
+      each step's tokens beside each other.
+    values: likewise, [batch, heads, slots, head_dim].
+    is_own: [batch, paths, slots] bool, which of them are of the path.
+  """
+
+  hidden: Array
+  keys: tuple[Array, ...]
+  values: tuple[Array, ...]
+  is_own: Array
 
 
 @struct.dataclass
@@ -84,21 +108,46 @@ class NeuralScorer:
         hidden=jnp.take_along_axis(hidden, last, axis=1)[:, 0],
     )
 
+  def begin(self, params: Any, state: NeuralState, num_paths: int, depth: int) -> NeuralTrails:
+    batch, dim = state.hidden.shape
+    slots = num_paths * (depth - 1)  # the last step's tokens are never read
+    empty = lambda buffers, axis: tuple(
+        jnp.zeros(x.shape[:axis] + (slots,) + x.shape[axis + 1 :], x.dtype) for x in buffers
+    )
+    return NeuralTrails(
+        hidden=jnp.broadcast_to(state.hidden[:, None], (batch, num_paths, dim)),
+        keys=empty(state.cache.keys, 3),
+        values=empty(state.cache.values, 2),
+        is_own=jnp.zeros([batch, num_paths, slots], bool),
+    )
+
+  def extend(
+      self, params: Any, state: NeuralState, trails: NeuralTrails, parents: Array,
+      tokens: Array, i,
+  ) -> NeuralTrails:
+    num_paths, slots = trails.is_own.shape[1:]
+    step, path = np.divmod(np.arange(slots), num_paths)
+    is_own = jnp.take_along_axis(trails.is_own, parents[..., None], axis=1)
+    drafted = Drafted(trails.keys, trails.values, step[None].astype(np.int32), is_own)
+    hidden, keys, values = self.model.read(
+        params, state.context, state.cache, tokens, jnp.full([1, num_paths], i, jnp.int32),
+        np.eye(num_paths, dtype=bool)[None], drafted,
+    )
+    write = lambda buffer, new, axis: jax.lax.dynamic_update_slice_in_dim(
+        buffer, new.astype(buffer.dtype), i * num_paths, axis
+    )
+    return NeuralTrails(
+        hidden=hidden.astype(trails.hidden.dtype),
+        keys=tuple(write(*pair, 3) for pair in zip(trails.keys, keys)),
+        values=tuple(write(*pair, 2) for pair in zip(trails.values, values)),
+        is_own=is_own | ((step == i) & (path == np.arange(num_paths)[:, None])),
+    )
+
   def score(
-      self, params: Any, state: NeuralState, history: Array, candidates: Array, i: int
+      self, params: Any, state: NeuralState, trails: NeuralTrails, candidates: Array, i
   ) -> Array:
-    batch, num_paths, n = history.shape
-    hidden = state.hidden[:, None]
-    if n:
-      # Each path is a chain of its own: it sees the cache and itself.
-      depth = np.tile(np.arange(n, dtype=np.int32), num_paths)[None]
-      visible = np.kron(np.eye(num_paths, dtype=bool), np.tri(n, dtype=bool))[None]
-      hidden, _, _ = self.model.read(
-          params, state.context, state.cache, history.reshape(batch, -1), depth, visible
-      )
-      hidden = hidden.reshape(batch, num_paths, n, -1)[:, :, -1]
-    logs = jax.nn.log_softmax(self.model.logits(params, hidden), axis=-1)
+    logs = jax.nn.log_softmax(self.model.logits(params, trails.hidden), axis=-1)
     return jnp.take_along_axis(logs, candidates[:, None], axis=-1)
 
-  def bound(self, params, state, history: Array, candidates: Array, i: int) -> Array:
+  def bound(self, params, state, before: Array, candidates: Array, i) -> Array:
     return jnp.zeros([1, 1, 1])

@@ -5,6 +5,7 @@ import dataclasses
 from flax import struct
 import jax.numpy as jnp
 
+from bpd_jax.decoding.scorers.window import begin_windows, extend_windows
 from bpd_jax.decoding.types import Array, Prompt, Step
 from bpd_jax.errors import InputError
 from bpd_jax.ngram_lm.arrays import device_arrays, log_probs, NgramArrays
@@ -65,18 +66,22 @@ class NgramScorer:
     at = step.num_tokens[:, None] + jnp.arange(self.context)
     return jnp.take_along_axis(both, at, axis=1)
 
-  def score(
-      self, params: NgramParams, state: Array, history: Array, candidates: Array, i: int
+  def begin(self, params: NgramParams, state: Array, num_paths: int, depth: int) -> Array:
+    return begin_windows(state, num_paths)
+
+  def extend(
+      self, params: NgramParams, state: Array, trails: Array, parents: Array, tokens: Array, i
   ) -> Array:
-    return self._read(params.arrays, state, history, candidates, self.context)
+    return extend_windows(trails, parents, tokens)
+
+  def score(
+      self, params: NgramParams, state: Array, trails: Array, candidates: Array, i
+  ) -> Array:
+    return log_probs(params.arrays, trails, candidates)
 
   def bound(
-      self, params: NgramParams, state: Array, history: Array, candidates: Array, i: int
+      self, params: NgramParams, state: Array, before: Array, candidates: Array, i
   ) -> Array:
-    return self._read(params.bounds, state, history, candidates, min(self.context, 1))
-
-  def _read(self, arrays: NgramArrays, state, history, candidates, context: int) -> Array:
-    batch, num_paths, n = history.shape
-    certain = state[:, None, self.context - (context - n) :]
-    certain = jnp.broadcast_to(certain, (batch, num_paths, context - n))
-    return log_probs(arrays, jnp.concatenate([certain, history], axis=2), candidates)
+    # Its own scores, where those read no more than a token: the model may have more orders.
+    arrays = params.arrays if self.context <= 1 else params.bounds
+    return log_probs(arrays, before[..., None][..., : self.context], candidates)

@@ -8,6 +8,7 @@ import dataclasses
 
 import jax.numpy as jnp
 
+from bpd_jax.decoding.scorers.window import begin_windows, extend_windows
 from bpd_jax.decoding.types import Array, Prompt, Step
 
 
@@ -24,6 +25,14 @@ class NoRepeatScorer:
   def start(self, params, state: Array, step: Step) -> Array:
     return step.newest(state)
 
-  def score(self, params, state: Array, history: Array, candidates: Array, i: int) -> Array:
-    before = history[..., -1] if history.shape[-1] else state[:, None]
+  def begin(self, params, state: Array, num_paths: int, depth: int) -> Array:
+    return begin_windows(state[:, None], num_paths)
+
+  def extend(self, params, state: Array, trails: Array, parents: Array, tokens: Array, i) -> Array:
+    return extend_windows(trails, parents, tokens)
+
+  def score(self, params, state: Array, trails: Array, candidates: Array, i) -> Array:
+    return self.bound(params, state, trails[..., 0], candidates, i)
+
+  def bound(self, params, state: Array, before: Array, candidates: Array, i) -> Array:
     return -(candidates[:, None] == before[..., None]).astype(jnp.float32)

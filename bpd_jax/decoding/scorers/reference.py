@@ -31,9 +31,22 @@ class ReferenceScorer:
   def start(self, params, state: ReferenceState, step: Step) -> ReferenceState:
     return state.replace(num_tokens=state.num_tokens + step.num_tokens)
 
+  def begin(self, params, state: ReferenceState, num_paths: int, depth: int) -> tuple[()]:
+    return ()
+
+  def extend(
+      self, params, state: ReferenceState, trails: tuple[()], parents: Array, tokens: Array, i
+  ) -> tuple[()]:
+    return ()
+
   def score(
-      self, params, state: ReferenceState, history: Array, candidates: Array, i: int
+      self, params, state: ReferenceState, trails: tuple[()], candidates: Array, i
   ) -> Array:
     at = jnp.minimum(state.num_tokens + i, state.tokens.shape[1] - 1)
     right = jnp.take_along_axis(state.tokens, at[:, None], axis=1)
     return jnp.where(candidates == right, 0, self.WRONG)[:, None]
+
+  def bound(
+      self, params, state: ReferenceState, before: Array, candidates: Array, i
+  ) -> Array:
+    return self.score(params, state, (), candidates, i)
