@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from bpd_jax.checkpoints import load_config
+from bpd_jax.decoding.search import SearchSettings
 from bpd_jax.evaluation.analysis import RECALLS
 from bpd_jax.evaluation.cost import token_cost
 from bpd_jax.evaluation.report import closed_text
@@ -108,10 +109,14 @@ def tables(
     mean = float(np.mean([entry["block_efficiency"] for entry in entries]))
     scorers = [load_config(part["checkpoint"]) for part in entries[0].get("scorers", [])
                if part["scorer"] == "Neural"]
-    heads = 0 if method == "greedy" else entries[0]["verify_width"] - 1
-    cost = lambda length, mean=mean, heads=heads, nodes=entries[0]["nodes"], scorers=scorers: (
-        token_cost(config, nodes, heads, mean, output_length=length, input_length=INPUT_LENGTH,
-                   scorers=scorers))
+    heads, nodes = entries[0]["verify_width"] - 1, entries[0]["nodes"]
+    search = SearchSettings(
+        entries[0].get("search", "chain"), entries[0].get("num_paths", 1), nodes
+    )
+    cost = lambda length, mean=mean, heads=heads, scorers=scorers, search=search: token_cost(
+        config, search.num_nodes, heads, mean, output_length=length, input_length=INPUT_LENGTH,
+        scorers=scorers, num_prefixes=search.num_prefixes,
+    )
     rows.append([
         method, f"{mean:.3f}", f"{cost(KV_LENGTHS[0]).parameter_bytes / 1e6:.2f}",
         *(f"{cost(length).cache_bytes / 1e6:.2f}" for length in KV_LENGTHS),
