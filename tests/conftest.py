@@ -2,10 +2,21 @@
 
 import gc
 import os
+import sys
 
 import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+
+@pytest.fixture(autouse=True)
+def forgotten_gin():
+  """What a test bound in gin isn't bound in the next, whichever that is."""
+  yield
+  gin = sys.modules.get("gin")
+  if gin is not None:
+    with gin.unlock_config():
+      gin.clear_config()
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,6 @@ from pathlib import Path
 import re
 import shlex
 
-import gin
 import pytest
 
 from bpd_jax import evaluate, plan, train  # noqa: F401  plan's names for gin.
@@ -43,8 +42,6 @@ def test_there_are_commands():
 @pytest.mark.parametrize("page, program, argv", COMMANDS)
 def test_gin_commands_can_be_read(page, program, argv, monkeypatch):
   monkeypatch.chdir(ROOT)
-  with gin.unlock_config():
-    gin.clear_config()
   read_gin([word for word in argv if word != "--help"], program, "", ENTRIES[program])
 
 

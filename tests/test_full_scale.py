@@ -23,8 +23,6 @@ TRAINED = {"pretrain": 1500, "rescorer_32m": 32, "rescorer_61m": 61, "rescorer_9
 @pytest.fixture(autouse=True)
 def at_root(monkeypatch):
   monkeypatch.chdir(ROOT)
-  yield
-  gin.clear_config()
 
 
 def made(owner, *names):

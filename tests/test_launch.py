@@ -23,12 +23,6 @@ SIZES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def clear():
-  yield
-  gin.clear_config()
-
-
 def test_every_model_file_is_known():
   assert {path.stem for path in (ROOT / "gin/models").glob("*.gin")} == set(SIZES)
 

@@ -23,8 +23,6 @@ PROMPT = "format:\ndef f(a,b=None):{if b is None:{return a};return a+b}"
 @pytest.fixture(autouse=True)
 def at_root(monkeypatch):
   monkeypatch.chdir(ROOT)
-  yield
-  gin.clear_config()
 
 
 @pytest.fixture(scope="module")
