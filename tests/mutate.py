@@ -61,7 +61,7 @@ MUTATIONS = (
     Mutation("a beam that proves everything", "decoding/search.py",
              "if is_small else left.max(0)", "if True else left.max(0)", SEARCH),
     Mutation("bounds from the first step on", "decoding/search.py",
-             "addends = _at_step(trails, i)", "addends = _at_step(trails, 0)", SEARCH),
+             "addends = at_step(trails, i)", "addends = at_step(trails, 0)", SEARCH),
     Mutation("paths followed without their parents", "decoding/search.py",
              "return pick(level.parents), pick(level.choices)", "return place, pick(level.choices)",
              SEARCH),

@@ -400,10 +400,7 @@ def test_run_file_says_what_it_runs(model_folder, rows_file, tmp_path):
       f"OUTPUT = '{tmp_path / 'out'}'", "MAX_DECODE_LENGTH = 20", "REPEATS = 1",
       "BATCH_SIZE = 3", "VERIFY_WIDTH = 2",
   ])
-  try:
-    results = gin.get_configurable("evaluate")()
-  finally:
-    gin.clear_config()
+  results = gin.get_configurable("evaluate")()
   methods = results["tasks"]["rows"]["methods"]
   assert {name: (x["block_size"], x["verify_width"]) for name, x in methods.items()} == {
       "greedy": (1, 1), "blockwise": (4, 2), "perfect": (4, 2)
@@ -421,13 +418,10 @@ def tasks_of_a_file(tasks):
      [RowsTask("grammar", "validation", 2)]),
 ])
 def test_shipped_tasks_of_the_run_file(bindings, expected):
-  try:
-    read_gin_files(["gin/runs/evaluate.gin"], [
-        "CHECKPOINT = 'x'", "OUTPUT = 'y'", *bindings, "tasks_of_a_file.tasks = %TASKS"
-    ])
-    assert tasks_of_a_file() == expected
-  finally:
-    gin.clear_config()
+  read_gin_files(["gin/runs/evaluate.gin"], [
+      "CHECKPOINT = 'x'", "OUTPUT = 'y'", *bindings, "tasks_of_a_file.tasks = %TASKS"
+  ])
+  assert tasks_of_a_file() == expected
 
 
 @pytest.mark.parametrize("options, message", [
@@ -440,7 +434,6 @@ def test_bad_input_is_one_line_and_status_2(options, message, tmp_path, capsys):
   with pytest.raises(SystemExit) as ended:
     run(main, ["--gin_file=gin/runs/evaluate.gin", "--gin.CHECKPOINT='absent'",
                f"--gin.OUTPUT='{tmp_path / 'out'}'", *options])
-  gin.clear_config()
   assert ended.value.code == 2
   out, err = capsys.readouterr()
   assert out == "" and len(err.splitlines()) == 1 and err.startswith(message)

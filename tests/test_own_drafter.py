@@ -5,7 +5,6 @@ from pathlib import Path
 import re
 import sys
 
-import gin
 import jax
 import numpy as np
 import pytest
@@ -83,8 +82,6 @@ def test_the_example_is_evaluated_by_name(copying, tmp_path, capsys):
   (tmp_path / "rows.jsonl").write_text(json.dumps({"inputs": "one row"}) + "\n")
   # On a row of one's own instead of the shipped ones.
   (tmp_path / "copying.gin").write_text(GIN.replace("evaluate.gin", "evaluate_jsonl.gin"))
-  with gin.unlock_config():
-    gin.clear_config()
   main([
       f"--gin_file={tmp_path}/copying.gin", f"--gin.CHECKPOINT='{tmp_path}/model'",
       f"--gin.ROWS='{tmp_path}/rows.jsonl'", f"--gin.OUTPUT='{tmp_path}/out'",

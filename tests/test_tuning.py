@@ -6,7 +6,6 @@ from pathlib import Path
 import re
 import runpy
 
-import gin
 import jax
 import numpy as np
 import pytest
@@ -149,10 +148,7 @@ def test_run_file_refines_drafts_and_reports_rows_that_it_did_not_tune_on(
           f"evaluate.methods = [{', '.join(f'@{name}/Method()' for name in names)}]"
       ]),
   ])
-  try:
-    results = evaluate()
-  finally:
-    gin.clear_config()
+  results = evaluate()
   task = results["tasks"]["rows"]
   assert (task["examples"], task["tuning_examples"]) == (8, 6)
   methods = task["methods"]

@@ -60,6 +60,19 @@ def top_k(values: Array, k: int) -> tuple[Array, Array]:
   return best, (block * BLOCK + place % BLOCK).astype(jnp.int32)
 
 
+def at_step(values: Array, i: Array | int) -> Array:
+  """What a lattice, or anything laid out like one, has at step i.
+
+  Args:
+    values: [batch, depth, …].
+    i: the step, traced or not.
+
+  Returns:
+    [batch, …].
+  """
+  return jax.lax.dynamic_index_in_dim(values, i, axis=1, keepdims=False)
+
+
 def top_k_lattice(logits: Array, k: int, num_steps: Array) -> Lattice:
   """The k best tokens of every step.
 

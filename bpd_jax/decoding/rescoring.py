@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bpd_jax.decoding.lattice import at_step
 from bpd_jax.decoding.types import Array, Lattice, PathScore, Prompt, Scorer, Step
 from bpd_jax.errors import InputError
 
@@ -116,15 +117,11 @@ class Rescorer:
       )  # [scorers, batch, depth]
       by_row = jnp.where(is_drafted, params.weights.by_step[:, None, :depth] * factor, 0)
 
-    tokens = jnp.asarray(lattice.tokens)
     own = params.scorers
     each = list(enumerate(self.scorers))
 
-    def at_step(values: Array, i: Array | int) -> Array:
-      return jax.lax.dynamic_index_in_dim(values, i, axis=-1, keepdims=False)
-
     def total(judged: Sequence[Array], i: Array | int) -> Array:
-      sums = at_step(scores.swapaxes(1, 2), i)[:, None]
+      sums = at_step(scores, i)[:, None]
       for number, more in enumerate(judged):
         weight = at_step(by_row[number], i)[:, None, None]
         sums = sums + weight * more.astype(sums.dtype)
@@ -141,7 +138,7 @@ class Rescorer:
       )
 
     def addends(trails: tuple[Any, ...], i: Array | int) -> Array:
-      candidates = at_step(tokens.swapaxes(1, 2), i)
+      candidates = at_step(lattice.tokens, i)
       return total(
           [scorer.score(own[n], state[n], trails[n], candidates, i) for n, scorer in each], i
       )
@@ -153,7 +150,7 @@ class Rescorer:
         )
 
       # All steps at once: they are small, and nothing of one depends on another.
-      steps = jnp.arange(1, depth)
+      tokens, steps = lattice.tokens, jnp.arange(1, depth)
       return jax.vmap(after, (1, 1, 0), 1)(tokens[:, :-1], tokens[:, 1:], steps)
 
     return PathScore(self.context, begin, extend, addends, bounds)

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bpd_jax.decoding.lattice import at_step
 from bpd_jax.decoding.rescoring import NEVER
 from bpd_jax.decoding.types import Array, Lattice, PathScore, Search, Tree
 from bpd_jax.errors import InputError
@@ -126,7 +127,6 @@ def chain(lattice: Lattice, root: Array, score: PathScore, *, num_nodes: int) ->
     A tree of `num_nodes` nodes in which node i is the child of node i - 1.
   """
   num_drafted = num_nodes - 1
-  lattice = jax.tree.map(jnp.asarray, lattice)
   if lattice.tokens.shape[2] == 1 or num_drafted == 0:
     drafted = lattice.tokens[:, :num_drafted, 0]
   else:
@@ -134,7 +134,7 @@ def chain(lattice: Lattice, root: Array, score: PathScore, *, num_nodes: int) ->
 
     def choose(addends: Array, i: Array | int) -> Array:
       best = jnp.argmax(addends[:, :1], axis=-1)
-      return jnp.take_along_axis(_at_step(lattice.tokens, i), best, axis=1)
+      return jnp.take_along_axis(at_step(lattice.tokens, i), best, axis=1)
 
     def take(before: tuple[Any, Array], i: Array) -> tuple[tuple[Any, Array], Array]:
       trails = score.extend(before[0], parents, before[1], i - 1)
@@ -214,7 +214,7 @@ def best_paths(
   def grow(trails: Any, prefixes: Prefixes, i: Array) -> tuple[Any, Array]:
     if not is_small:
       return _extend(lattice, score, trails, prefixes, i)
-    addends = _at_step(trails, i)  # [batch, 1 or k, k]
+    addends = at_step(trails, i)  # [batch, 1 or k, k]
     if addends.shape[1] > 1:
       addends = jnp.take_along_axis(addends, prefixes.choices[..., None], axis=1)
     return trails, addends
@@ -295,7 +295,7 @@ def _extend(
   """Trails of prefixes of i tokens, and the addends of step i."""
 
   def extend() -> Any:
-    before = _at_step(jnp.asarray(lattice.tokens), i - 1)
+    before = at_step(lattice.tokens, i - 1)
     tokens = jnp.take_along_axis(before, prefixes.choices, axis=1)
     return score.extend(trails, prefixes.parents, tokens, i - 1)
 
@@ -329,11 +329,6 @@ def _completions(lattice: Lattice, bounds: Array) -> Array:
 
   _, completions = jax.lax.scan(back, nothing, jnp.moveaxis(bounds, 1, 0), reverse=True)
   return jnp.concatenate([completions, nothing[None]])
-
-
-def _at_step(values: Array, i: Array | int) -> Array:
-  """[batch, depth, …] -> [batch, …]."""
-  return jax.lax.dynamic_index_in_dim(values, i, axis=1, keepdims=False)
 
 
 def merge_paths(lattice: Lattice, root: Array, paths: Paths, num_nodes: int) -> Tree:
@@ -410,7 +405,7 @@ def best_first(lattice: Lattice, root: Array, score: PathScore, *, num_nodes: in
 
   def grow(trails: Any, prefixes: Prefixes, i: Array) -> tuple[Any, Array]:
     trails, addends = _extend(lattice, score, trails, prefixes, i)
-    addends = jax.nn.log_softmax(addends, axis=-1) + _at_step(mass, i)[:, None, None]
+    addends = jax.nn.log_softmax(addends, axis=-1) + at_step(mass, i)[:, None, None]
     return trails, jnp.where((i < lattice.num_steps)[:, None, None], addends, NEVER)
 
   levels, _ = _walk(lattice, width, score.begin(width), grow)

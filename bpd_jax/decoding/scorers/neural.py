@@ -137,7 +137,7 @@ class NeuralScorer:
         buffer, new.astype(buffer.dtype), i * num_paths, axis
     )
     return NeuralTrails(
-        hidden=hidden.astype(trails.hidden.dtype),
+        hidden=hidden,
         keys=tuple(write(*pair, 3) for pair in zip(trails.keys, keys)),
         values=tuple(write(*pair, 2) for pair in zip(trails.values, values)),
         is_own=is_own | ((step == i) & (path == np.arange(num_paths)[:, None])),
