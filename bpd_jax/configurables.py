@@ -18,7 +18,7 @@ from bpd_jax.evaluation.scoring import (
     NoRepeatSource,
     OracleSource,
 )
-from bpd_jax.evaluation.tuning import Tuning
+from bpd_jax.evaluation.tuning import Tuned, Tuning
 from bpd_jax.evaluation.validation import Validation
 from bpd_jax.model.config import ModelConfig
 from bpd_jax.partitioning import make_partitioning
@@ -28,7 +28,8 @@ from bpd_jax.training.optimizer import Optimizer
 
 for configurable in (
     CachedTask, CacheSource, GrammarTask, JsonlTask, Loss, Method, ModelConfig, NeuralSource,
-    NgramSource, NoRepeatSource, Optimizer, OracleSource, RowsTask, Schedule, Tuning, Validation,
+    NgramSource, NoRepeatSource, Optimizer, OracleSource, RowsTask, Schedule, Tuned, Tuning,
+    Validation,
 ):
   gin.external_configurable(configurable, module="bpd_jax")
 gin.external_configurable(make_partitioning, module="bpd_jax", denylist=["devices"])

@@ -38,7 +38,7 @@ from bpd_jax.evaluation.report import analyse_task, make_report
 from bpd_jax.evaluation.run import GREEDY, measure_methods, Method
 from bpd_jax.evaluation.scoring import load_scoring
 from bpd_jax.evaluation.table import means_over_learned, print_results
-from bpd_jax.evaluation.tuning import split_rows, tune, Tuning
+from bpd_jax.evaluation.tuning import tune, Tuned, Tuning
 from bpd_jax.folders import (
     files_fingerprint,
     new_file,
@@ -63,7 +63,7 @@ def evaluate(
     batch_size: int = 8,
     max_decode_length: int = 128,
     repeats: int = 3,
-    tuning: Tuning | None = None,
+    tuning: Tuning | Tuned | None = None,
     has_report: bool = False,
     dtype: str | None = None,
     partitioning: Partitioning | None = None,
@@ -81,7 +81,8 @@ def evaluate(
     max_decode_length: most tokens of an output.
     repeats: timed passes of each method.
     tuning: how the scorers' weights are chosen for each task, on rows of it that
-      aren't reported then; the weights are as the scorers say without it.
+      aren't reported then, or where they were chosen before; the weights are as the scorers
+      say without it.
     has_report: whether to analyse drafts as well and write `analysis.json` and
       `report.html`; needs the extra `report`.
     dtype: to compute in, instead of the checkpoint's.
@@ -100,7 +101,8 @@ def evaluate(
     raise InputError("has_report", True, "False, as matplotlib isn't installed (extra report)")
   every = {task.name: task.rows() for task in tasks}
   chosen = {
-      name: split_rows([row["inputs"] for row in own], tuning.num_rows if tuning else 0)
+      name: tuning.split(name, [row["inputs"] for row in own]) if tuning
+      else ([], list(range(len(own))))
       for name, own in every.items()
   }
   rows = {name: [every[name][i] for i in reported] for name, (_, reported) in chosen.items()}
@@ -172,7 +174,7 @@ class _How:
   batch_size: int
   max_decode_length: int
   repeats: int
-  tuning: Tuning | None
+  tuning: Tuning | Tuned | None
   has_report: bool
 
 
@@ -222,7 +224,10 @@ def _evaluate_task(
       "results": {
           "split": task.split,
           "examples": len(rows),
-          "tuning_examples": len(tuning_prompts),
+          "tuning_examples": (
+              how.tuning.task(task.name)["tuning_examples"] if isinstance(how.tuning, Tuned)
+              else len(tuning_prompts)
+          ),
           "rows_fingerprint": rows_fingerprint(rows),
           **describe_quality(
               live[GREEDY.name], rows, task.main_metric, task.instruction, model.vocabulary,
@@ -287,6 +292,14 @@ def _choose_weights(
   tunable = [method for method in how.methods if method.scorers]
   if how.tuning is None or not tunable:
     return scoring, {}
+  if isinstance(how.tuning, Tuned):
+    weighed = {
+        method.name: how.tuning.weigh(task, method, scoring[method.name]) for method in tunable
+    }
+    return (
+        scoring | {name: own for name, (own, _) in weighed.items()},
+        {name: efficiency for name, (_, efficiency) in weighed.items()},
+    )
   greedy = model.generate(
       prompts, "greedy", max_length=how.max_decode_length, batch_size=how.batch_size
   )

@@ -20,6 +20,7 @@ from test_rescored_model import (  # noqa: F401
 )
 
 from bpd_jax.checkpoints import save_model
+from bpd_jax.data.jsonl import JsonlTask
 from bpd_jax.decoding.rescoring import Scoring
 from bpd_jax.decoding.scorers.ngram import NgramScorer
 from bpd_jax.errors import InputError
@@ -28,7 +29,7 @@ from bpd_jax.evaluation.analysis import RECALLS
 from bpd_jax.evaluation.replay import count_calls, record
 from bpd_jax.evaluation.run import Method
 from bpd_jax.evaluation.scoring import CacheSource, load_scoring, NeuralSource, NgramSource
-from bpd_jax.evaluation.tuning import split_rows, tune, Tuning
+from bpd_jax.evaluation.tuning import split_rows, tune, Tuned, Tuning
 from bpd_jax.generation import load
 from bpd_jax.launch import read_gin_files
 from bpd_jax.model.config import ModelConfig
@@ -173,6 +174,7 @@ def test_run_file_refines_drafts_and_reports_rows_that_it_did_not_tune_on(
   calls = {name: entry["decoder_calls"] for name, entry in methods.items()}
   if names == FEW:
     check_report(tmp_path / "out", "rows", methods)
+    check_taken_over(folders, tmp_path, methods)
   else:
     check_tables(tmp_path / "out", "rows", methods)
   oracles = [calls[f"oracle_k{k}"] for k in (2, 4, 8, 16) if f"oracle_k{k}" in calls]
@@ -210,6 +212,43 @@ def check_tables(folder, task, methods):
       line.startswith("| best16_4gram | ")
       and f"{own['closed_distance']:.1%} ({low:.0%} to {high:.0%})" in line for line in lines
   )
+
+
+def check_taken_over(folders, folder, methods):
+  """An evaluation under other conditions has the weights of the first, on its reported rows."""
+  method = Method(
+      "best16_4gram", top_k=4, search="p_best", num_paths=5,
+      scorers=(NgramSource(str(folders / "four.arpa"), 4),),
+  )
+  tuned = Tuned(str(folder / "out"))
+  task = JsonlTask("rows", str(folders / "rows.jsonl"), max_examples=9)
+  again = lambda tasks, methods, tuning=tuned: evaluate(
+      str(folders / "base"), tasks, methods, str(folder / "again"), batch_size=1,
+      max_decode_length=12, repeats=1, tuning=tuning, has_report=False,
+  )
+  unlike = dataclasses.replace(method, scorers=(NgramSource(str(folders / "four.arpa"), 2),))
+  for tasks, methods_given, message in (
+      ([dataclasses.replace(task, name="other")], [method],
+       r"tasks = 'other': allowed is .*\['rows'\]"),
+      ([task], [unlike], "best16_4gram = .*'order': 2.* allowed is as in .*'order': 4"),
+      ([task], [dataclasses.replace(method, name="mine")],
+       "methods = 'mine': allowed is .*'best16_4gram'"),
+  ):
+    with pytest.raises(InputError, match=message):
+      again(tasks, methods_given)
+  with pytest.raises(InputError, match="file = .*nowhere/results.json"):
+    again([task], [method], Tuned(str(folder / "nowhere")))
+  # Another start, so that the weight can come from nowhere else.
+  start = dataclasses.replace(method.scorers[0], weight=7.0)
+  found = again([task], [dataclasses.replace(method, scorers=(start,))])["tasks"]["rows"]
+  texts = [json.loads(line)["inputs"] for line in open(folders / "rows.jsonl")]
+  _, reported = split_rows(texts, 6)
+  lines = (folder / "again/rows.best16_4gram.jsonl").read_text().splitlines()
+  assert [json.loads(x)["inputs"] for x in lines] == [texts[i] for i in reported if i < 9]
+  assert 0 < found["examples"] == len(lines) < 8 and found["tuning_examples"] == 6
+  entry, first = found["methods"]["best16_4gram"], methods["best16_4gram"]
+  assert entry["scorers"] == first["scorers"]
+  assert entry["tuning_block_efficiency"] == first["tuning_block_efficiency"]
 
 
 def check_report(folder, task, methods):

@@ -2,18 +2,24 @@
 
 The paper tunes one weight a task over ten values on a hundred examples (Kim et al.
 2024, App. F). Here each scorer of a method is gone over in turn, and, where asked for,
-each step of the lattice by itself; rows are chosen by a hash of their inputs.
+each step of the lattice by itself; rows are chosen by a hash of their inputs. What an
+evaluation chose can be taken over by another.
 """
 
 from collections.abc import Sequence
 import dataclasses
+import functools
 import hashlib
+import json
+from pathlib import Path
+from typing import Any
 
 from bpd_jax.decoding.rescoring import Scoring
 from bpd_jax.errors import InputError
 from bpd_jax.evaluation.replay import count_calls, Recording
-from bpd_jax.evaluation.run import Method
+from bpd_jax.evaluation.run import describe_method, Method
 from bpd_jax.evaluation.scoring import NoRepeatSource, OracleSource
+from bpd_jax.folders import read_object
 from bpd_jax.generation import Generator
 
 PAPER_GRID = (0.1, 0.5, 0.75, 0.9, 1.0, 1.1, 1.5, 2.0, 5.0, 10.0)
@@ -48,6 +54,93 @@ class Tuning:
       raise InputError("Tuning.grid", self.grid, "finite weights from 0 on")
     if not self.entropy_powers:
       raise InputError("Tuning.entropy_powers", self.entropy_powers, "at least one number")
+
+  def split(self, task: str, inputs: Sequence[str]) -> tuple[list[int], list[int]]:
+    """See `split_rows`; every task is split alike."""
+    return split_rows(inputs, self.num_rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuned:
+  """Weights that an earlier evaluation chose, for other conditions.
+
+  Only rows that it reported are reported again: the others may be those on which it chose.
+
+  Attributes:
+    folder: what it left, with `results.json` and `TASK.greedy.jsonl`.
+  """
+
+  folder: str
+
+  @functools.cached_property
+  def _tasks(self) -> dict[str, Any]:
+    return read_object(Path(self.folder) / "results.json")["tasks"]
+
+  def task(self, name: str) -> dict[str, Any]:
+    """What it found of a task; InputError where it wasn't evaluated, or not tuned."""
+    tuned = [task for task, own in self._tasks.items() if own["tuning_examples"]]
+    if name not in tuned:
+      raise InputError("tasks", name, f"those that {self.folder} tuned weights for: {tuned}")
+    return self._tasks[name]
+
+  def split(self, task: str, inputs: Sequence[str]) -> tuple[list[int], list[int]]:
+    """Numbers of the rows that it didn't report, and of those that it did.
+
+    Raises:
+      InputError: for a task without tuned weights, or where no row would be reported.
+    """
+    self.task(task)
+    path = Path(self.folder) / f"{task}.greedy.jsonl"
+    try:
+      lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+      raise InputError("Tuned.folder", str(path), f"outputs ({error.strerror})") from error
+    known = {json.loads(line)["inputs"] for line in lines}
+    reported = [i for i, text in enumerate(inputs) if text in known]
+    if not reported:
+      raise InputError("Tuned.folder", self.folder, f"one that reports rows of {task} given here")
+    return sorted(set(range(len(inputs))) - set(reported)), reported
+
+  def weigh(
+      self, task: str, method: Method, scoring: Sequence[Scoring]
+  ) -> tuple[tuple[Scoring, ...], float]:
+    """The weights that were chosen for a method on a task.
+
+    Args:
+      task: its name.
+      method: with scorers.
+      scoring: of its scorers, in order.
+
+    Returns:
+      The scorers with those weights, and the block efficiency that came of them on the
+      rows on which they were chosen.
+
+    Raises:
+      InputError: where the method wasn't evaluated, or was another of that name.
+    """
+    methods = self.task(task)["methods"]
+    tuned = [name for name, own in methods.items() if "tuning_block_efficiency" in own]
+    if method.name not in tuned:
+      raise InputError("methods", method.name, f"those that {self.folder} tuned: {tuned}")
+    entry = methods[method.name]
+    # As JSON has it: without tuples.
+    own = json.loads(json.dumps(describe_method(method, scoring)))
+    chosen = entry["scorers"]
+    free = {"weight": None, "entropy_power": None}
+    now, then = (
+        {**described, "scorers": [{**part, **free} for part in described["scorers"]]}
+        for described in (own, {key: entry[key] for key in own})
+    )
+    if now != then:
+      raise InputError(method.name, now, f"as in {self.folder}: {then}")
+    weight = lambda value: tuple(value) if isinstance(value, list) else value
+    weighed = tuple(
+        dataclasses.replace(
+            part, weight=weight(was["weight"]), entropy_power=was["entropy_power"]
+        )
+        for part, was in zip(scoring, chosen, strict=True)
+    )
+    return weighed, entry["tuning_block_efficiency"]
 
 
 def split_rows(inputs: Sequence[str], num_tuning: int) -> tuple[list[int], list[int]]:
