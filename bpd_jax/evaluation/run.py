@@ -200,8 +200,8 @@ def measure_methods(
 
 
 def describe_method(method: Method, scoring: Sequence[Scoring]) -> dict[str, Any]:
-  """How the lattice is scored and searched; nothing for methods without one."""
-  if method.top_k == 1:
+  """How the lattice is scored and searched; nothing where it is one draft as it is."""
+  if method.top_k == 1 and not method.scorers:
     return {}
   return {
       "top_k": method.top_k,

@@ -52,9 +52,16 @@ def by_method(tasks: Mapping[str, Any], methods: Sequence[str], cell: Callable) 
 
 
 def tables(
-    tasks: Mapping[str, Any], analysis: Mapping[str, Any], config: ModelConfig
+    tasks: Mapping[str, Any], analysis: Mapping[str, Any], config: ModelConfig, batch_size: int
 ) -> Iterator[str]:
-  """The tables, of tasks by name from `results.json` and `analysis.json`."""
+  """The tables, of tasks by name from `results.json` and `analysis.json`.
+
+  Args:
+    tasks: entries of `results.json`.
+    analysis: those of `analysis.json`.
+    config: the base's.
+    batch_size: at which the tasks were measured.
+  """
   methods = list(next(iter(tasks.values()))["methods"])
   has = lambda *names: [name for name in names if name in methods]
   yield markdown(
@@ -124,7 +131,8 @@ def tables(
         f"{np.mean([1e3 / entry['tokens_per_second'] for entry in entries]):.2f}",
     ])
   yield markdown(
-      f"Table 13: what a token costs by counting (batch 1, input of {INPUT_LENGTH}), and measured",
+      f"Table 13: what a token costs by counting (batch 1, input of {INPUT_LENGTH}), and measured "
+      f"(batch {batch_size})",
       ["method", "mean block efficiency", "weights, MB",
        *(f"cache at {length}, MB" for length in KV_LENGTHS), "MFLOP", "ms a token, measured"],
       rows,
@@ -254,7 +262,7 @@ def main(argv: Sequence[str]) -> None:
   config = load_config(results["checkpoint"])
   learned = {name: task for name, task in results["tasks"].items() if task["learned"]}
   tasks = learned or results["tasks"]
-  text = "\n".join(tables(tasks, analysis, config))
+  text = "\n".join(tables(tasks, analysis, config, results["batch_size"]))
   if args.single:
     single = read_object(args.single / "results.json")["tasks"]
     text += "\n" + time_table(tasks, single, results["batch_size"])
