@@ -50,8 +50,8 @@ def analyse_task(
     methods: those that don't draft with heads are left out.
     scoring: of each method by name.
     live: what each method decoded of the same rows, by name.
-    num_decodes: rows to watch, with plain drafts and with the last method that
-      re-scores.
+    num_decodes: rows to watch, with plain drafts and with the re-scored ones of the
+      highest block efficiency.
 
   Returns:
     Ready for JSON: `heads`, see `head_statistics`, with `rising_heads`; `methods`, for
@@ -101,7 +101,8 @@ def analyse_task(
             (None, None) if closed is None else closed
         )
   refined = [x for x in methods if x.scorers and not is_oracle(x.scorers)]
-  shown = [x for x in (plain, *refined[-1:]) if x is not None]
+  best_first = sorted(refined, key=lambda x: -found[x.name]["block_efficiency"])
+  shown = [x for x in (plain, *best_first[:1]) if x is not None]
   decodes = [
       {
           "method": method.name, "row": row,
@@ -177,7 +178,8 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
   body = "".join(
       "<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows
   )
-  return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+  table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+  return f"<div class='wide'>{table}</div>"
 
 
 def _task_line(task: Mapping[str, Any]) -> str:
@@ -278,26 +280,27 @@ def _figure(width: float, height: float, columns: int = 1):
 
 
 def _plot_efficiency(results: Mapping[str, Any]) -> str:
-  """Block efficiency of every method on every task, a group of bars a task."""
+  """Block efficiency of every method on every task, with its interval, a column a task."""
   tasks = results["tasks"]
   names = [name for name in next(iter(tasks.values()))["methods"] if name != "greedy"]
-  figure, (axes,) = _figure(11, 3)
-  width = 0.8 / max(len(names), 1)
-  for i, name in enumerate(names):
-    entries = [task["methods"][name] for task in tasks.values()]
+  figure, columns = _figure(2 + 3 * len(tasks), 1 + 0.18 * len(names), len(tasks))
+  place = np.arange(len(names))[::-1]
+  for axes, (task, own) in zip(columns, tasks.items()):
+    entries = [own["methods"][name] for name in names]
     values = np.array([entry["block_efficiency"] for entry in entries])
     bounds = np.array([entry["block_efficiency_interval"] for entry in entries])
-    errors = np.maximum(np.abs(bounds.T - values), 0)
-    axes.bar(np.arange(len(tasks)) + i * width, values, width, yerr=errors, label=name)
-  axes.set_xticks(np.arange(len(tasks)) + 0.4, list(tasks))
-  axes.axhline(1, color="black", linewidth=0.8)
-  axes.set_ylabel("block efficiency")
-  axes.legend(fontsize=7, ncols=2, bbox_to_anchor=(1, 1))
+    axes.errorbar(
+        values, place, xerr=np.maximum(np.abs(bounds.T - values), 0), fmt="o", markersize=4,
+        linewidth=1,
+    )
+    axes.set(title=task, xlabel="block efficiency", yticks=[])
+    axes.grid(axis="x", alpha=0.3)
+  columns[0].set_yticks(place, names, fontsize=8)
   return _svg(figure)
 
 
 def _plot_heads(analysis: Mapping[str, Any]) -> str:
-  """Recall, entropy and the oracle by head; efficiency by position."""
+  """Recall, entropy and the oracle by head; efficiency by position of plain drafts and the best."""
   heads = analysis["heads"]
   number = np.arange(1, len(heads["positions"]) + 1)
   figure, (left, middle, oracle, right) = _figure(14, 2.6, 4)
@@ -309,14 +312,17 @@ def _plot_heads(analysis: Mapping[str, Any]) -> str:
   oracle.set(xlabel="heads", title="block efficiency of the best choice")
   middle.plot(number, heads["entropy"], marker=".")
   middle.set(xlabel="head", title="entropy, nats")
-  for name, entry in analysis["methods"].items():
-    places = entry["by_position"]
+  methods = analysis["methods"]
+  watched = [decode["method"] for decode in analysis["decodes"]]
+  best = max(methods, key=lambda name: methods[name]["block_efficiency"])
+  for name in dict.fromkeys([*watched, best]):
+    places = methods[name]["by_position"]
     right.plot(
         [place["start"] for place in places], [place["block_efficiency"] for place in places],
         marker=".", label=name,
     )
   right.set(xlabel="position in the output", title="block efficiency")
-  right.legend(fontsize=5, bbox_to_anchor=(1, 1))
+  right.legend(fontsize=7)
   return _svg(figure)
 
 
@@ -376,6 +382,7 @@ table { border-collapse: collapse; margin: 1em 0; font-size: 12px }
 th, td { border-bottom: 1px solid #ddd; padding: 2px 8px; text-align: right }
 th { vertical-align: bottom } td:first-child, th:first-child { text-align: left }
 td { white-space: nowrap }
+.wide { overflow-x: auto }
 figure { margin: 1em 0; overflow-x: auto } figure svg { max-width: 100%; height: auto }
 summary { cursor: pointer; margin: .5em 0 }
 .call { border-top: 1px solid #ddd; padding: .4em 0; overflow-x: auto; white-space: pre }
