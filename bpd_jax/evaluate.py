@@ -224,10 +224,7 @@ def _evaluate_task(
       "results": {
           "split": task.split,
           "examples": len(rows),
-          "tuning_examples": (
-              how.tuning.task(task.name)["tuning_examples"] if isinstance(how.tuning, Tuned)
-              else len(tuning_prompts)
-          ),
+          "tuning_examples": how.tuning.num_examples(task.name) if how.tuning else 0,
           "rows_fingerprint": rows_fingerprint(rows),
           **describe_quality(
               live[GREEDY.name], rows, task.main_metric, task.instruction, model.vocabulary,

@@ -101,8 +101,8 @@ def analyse_task(
             (None, None) if closed is None else closed
         )
   refined = [x for x in methods if x.scorers and not is_oracle(x.scorers)]
-  best_first = sorted(refined, key=lambda x: -found[x.name]["block_efficiency"])
-  shown = [x for x in (plain, *best_first[:1]) if x is not None]
+  best_refined = max(refined, key=lambda x: found[x.name]["block_efficiency"], default=None)
+  shown = [x for x in (plain, best_refined) if x is not None]
   decodes = [
       {
           "method": method.name, "row": row,
@@ -314,8 +314,8 @@ def _plot_heads(analysis: Mapping[str, Any]) -> str:
   middle.set(xlabel="head", title="entropy, nats")
   methods = analysis["methods"]
   watched = [decode["method"] for decode in analysis["decodes"]]
-  best = max(methods, key=lambda name: methods[name]["block_efficiency"])
-  for name in dict.fromkeys([*watched, best]):
+  ranked = sorted(methods, key=lambda name: -methods[name]["block_efficiency"])
+  for name in dict.fromkeys([*watched, *ranked[:1]]):
     places = methods[name]["by_position"]
     right.plot(
         [place["start"] for place in places], [place["block_efficiency"] for place in places],

@@ -14,6 +14,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from bpd_jax.data.jsonl import JsonlTask
 from bpd_jax.decoding.rescoring import Scoring
 from bpd_jax.errors import InputError
 from bpd_jax.evaluation.replay import count_calls, Recording
@@ -59,6 +60,10 @@ class Tuning:
     """See `split_rows`; every task is split alike."""
     return split_rows(inputs, self.num_rows)
 
+  def num_examples(self, task: str) -> int:
+    """Rows of the task on which weights are chosen."""
+    return self.num_rows
+
 
 @dataclasses.dataclass(frozen=True)
 class Tuned:
@@ -90,16 +95,16 @@ class Tuned:
       InputError: for a task without tuned weights, or where no row would be reported.
     """
     self.task(task)
-    path = Path(self.folder) / f"{task}.greedy.jsonl"
-    try:
-      lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-      raise InputError("Tuned.folder", str(path), f"outputs ({error.strerror})") from error
-    known = {json.loads(line)["inputs"] for line in lines}
+    outputs = JsonlTask(task, str(Path(self.folder) / f"{task}.greedy.jsonl"))
+    known = {row["inputs"] for row in outputs.rows()}
     reported = [i for i, text in enumerate(inputs) if text in known]
     if not reported:
       raise InputError("Tuned.folder", self.folder, f"one that reports rows of {task} given here")
     return sorted(set(range(len(inputs))) - set(reported)), reported
+
+  def num_examples(self, task: str) -> int:
+    """Rows of the task on which its weights were chosen."""
+    return self.task(task)["tuning_examples"]
 
   def weigh(
       self, task: str, method: Method, scoring: Sequence[Scoring]
