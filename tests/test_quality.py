@@ -24,6 +24,7 @@ from bpd_jax.evaluation.quality import (
     METRICS,
     repeated_share,
     rouge_l,
+    word_similarity,
 )
 from bpd_jax.generation import Generation
 from bpd_jax.vocabulary import ByteVocabulary, SentencePieceVocabulary
@@ -103,6 +104,20 @@ def slow_distance(one, other):
   return table[-1, -1]
 
 
+@pytest.mark.parametrize("reference, output, expected", [
+    ("the cat sat on the mat", "the cat sat on a mat", 5 / 6),
+    # Case and punctuation are part of a word, its place in a line isn't.
+    ("The cat sat.", "the cat sat.", 2 / 3),
+    ("The cat sat.", "The  cat\nsat", 2 / 3),
+    # A word that is two costs two of four.
+    ("one two three", "one tw o three", 0.5),
+    ("one", "", 0.0),
+    ("", "", 1.0),
+])
+def test_word_similarity(reference, output, expected):
+  assert word_similarity(reference, output) == pytest.approx(expected)
+
+
 @given(st.text("abc", max_size=12), st.text("abc", max_size=12))
 def test_edit_distance_is_the_textbooks(one, other):
   assert edit_distance(one, other) == slow_distance(one, other)
@@ -126,6 +141,21 @@ def test_floor_of_the_inputs_start():
   texts = floor_texts(rows, r"do (this|that):\n", BYTES)
   # "üx" is three bytes.
   assert texts["input_start"] == ["some", "ab", "pla"]
+  # A text to repair is longer than the repaired one, and all of it is the floor.
+  rows = [{"inputs": "abcdefghi"[:length], "targets": "123456"} for length in (9, 8, 6, 2)]
+  assert floor_texts(rows, "", BYTES)["input_start"] == [
+      "abcdefghi", "abcdefgh", "abcdef", "ab"
+  ]
+  rows = [{"inputs": "abcdefghij", "targets": "123456"}]
+  assert floor_texts(rows, "", BYTES)["input_start"] == ["abcdef"]
+
+
+def test_floor_of_the_inputs_start_has_no_instruction():
+  rows = [
+      {"inputs": "do this:\nsome long text", "targets": "four"},
+      {"inputs": "do that:\nab", "targets": "longer than the input"},
+      {"inputs": "plain, do this:\nagain", "targets": "üx"},
+  ]
   assert floor_texts(rows, "", BYTES)["input_start"] == ["do t", "do that:\nab", "pla"]
   assert list(floor_texts(rows[:1], "", BYTES)) == ["input_start"]
 
@@ -228,6 +258,8 @@ def test_description_by_hand():
           "rouge_l": pytest.approx(0.7), "exact_match": 0.5,
           # "four" becomes "five aaaaaa": 10 edits over 17 characters.
           "edit_similarity": pytest.approx((1 + 1 - 10 / 17) / 2),
+          # One word of three is right.
+          "word_similarity": pytest.approx((1 + 1 / 3) / 2),
       },
       "quality_interval": [pytest.approx(0.4), 1.0],
       "quality_floors": {"another_reference": 0.0, "input_start": 0.0},

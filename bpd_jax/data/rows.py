@@ -29,17 +29,23 @@ MAX_INPUT_TOKENS = 256
 MAX_TARGET_TOKENS = 128
 
 # What each task's outputs are judged by: prose by the words it shares with the
-# reference, code by edits, and the grammar, which has one right answer, by that.
+# reference, code by edits, and the grammar, which has one right answer, by that. A
+# repair counts where the word is right: by characters a text with every third word
+# wrong is nine tenths right, and a word that is another one costs as little as a typo.
 MAIN_METRICS = {
     "docstring_summary": "rouge_l",
     "docstring_qa": "rouge_l",
     "docstring_lm": "rouge_l",
     "code_format": "edit_similarity",
     "code_body": "edit_similarity",
+    "docstring_repair": "word_similarity",
+    "docstring_convert": "edit_similarity",
     "grammar": "exact_match",
 }
 # The beginning of an input that says what to do rather than to what.
-INSTRUCTION = r"(summarize|question: .*\ncontext|continue|format|implement|grammar):\n"
+INSTRUCTION = (
+    r"(summarize|question: .*\ncontext|continue|format|implement|repair|convert to \w+|grammar):\n"
+)
 
 Row = dict[str, str]
 

@@ -149,6 +149,8 @@ ABOUT = MappingProxyType({
     "docstring_lm": "opening of a docstring → how it goes on",
     "code_format": "a function without its layout → as written",
     "code_body": "signature and docstring → body",
+    "docstring_repair": "a paragraph with typing errors → as written",
+    "docstring_convert": "a docstring in one convention → in another",
     "grammar": "words → a phrase for each",
     "lambada": "passage → its last sentence",
     "squad": "question and context → the first answer",

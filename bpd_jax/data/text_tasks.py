@@ -1,4 +1,4 @@
-"""Five tasks over the records of `docstrings`: functions from a record to text pairs.
+"""Seven tasks over the records of `docstrings`: functions from a record to text pairs.
 
 Each takes a `Record` and gives the examples that it holds, none where it isn't
 fit: texts too long or too short, or not what the task is about. Lengths are
@@ -14,10 +14,14 @@ import tokenize
 from types import MappingProxyType
 
 from bpd_jax.data.cleaning import stable_hash
+from bpd_jax.data.conventions import convention_of, CONVENTIONS, parse, render
 from bpd_jax.data.extraction import Record
+from bpd_jax.data.typing_errors import apply_edits, typing_errors
 
 MAX_INPUT = 700
 MAX_SIGNATURE = 240
+MAX_CONVERTED = 340
+MAX_DESCRIPTION = 110
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,9 +169,62 @@ def code_body(record: Record) -> list[Example]:
   return [Example(inputs, record.body)]
 
 
+def docstring_repair(record: Record) -> list[Example]:
+  """A paragraph as somebody would type it in haste → the paragraph as written.
+
+  Lines are joined; which of a docstring's paragraphs is decided by a hash, as is
+  what goes wrong in it.
+  """
+  paragraphs = [
+      text for paragraph in record.docstring.split("\n\n")
+      if (text := _plain_paragraph(paragraph)) is not None
+  ]
+  if not paragraphs:
+    return []
+  text = paragraphs[stable_hash(f"paragraph {record.key}") % len(paragraphs)]
+  edits = typing_errors(text, stable_hash(f"typing {record.key}"))
+  return [Example(f"repair:\n{apply_edits(text, edits)}", text)] if edits else []
+
+
+def docstring_convert(record: Record) -> list[Example]:
+  """A docstring in one convention → summary and sections in each of the two others.
+
+  Left out of both are the longer description, other sections, long or odd items, and
+  the last parameters where there are too many. A docstring that says nothing
+  beside the rest is the input as written.
+  """
+  outline = parse(record.docstring)
+  if outline is None:
+    return []
+  convention = convention_of(record.docstring)
+  parts = {
+      part: tuple(item for item in items if len(" ".join(item.description)) <= MAX_DESCRIPTION)
+      for part, items in outline.parts().items()
+  }
+  examples = []
+  for to in CONVENTIONS:
+    outline = dataclasses.replace(outline, **parts)
+    while len(outline.parameters) > 2 and len(render(outline, to)) > MAX_CONVERTED:
+      outline = dataclasses.replace(outline, parameters=outline.parameters[:-1])
+    target, source = render(outline, to), render(outline, convention)
+    if (
+        to == convention or not outline.parameters or sum(map(len, outline.parts().values())) < 2
+        or len(target) > MAX_CONVERTED or not parse(target) == outline == parse(source)
+    ):
+      continue
+    # Indentation and blank lines are the writer's where all the words are.
+    if source.split() == record.docstring.split():
+      source = record.docstring
+    examples.append(Example(f"convert to {to}:\n{source}", target))
+  return examples
+
+
 RECORD_TASKS: Mapping[str, Callable[[Record], list[Example]]] = MappingProxyType({
     task.__name__: task
-    for task in (docstring_summary, docstring_qa, docstring_lm, code_format, code_body)
+    for task in (
+        docstring_summary, docstring_qa, docstring_lm, code_format, code_body, docstring_repair,
+        docstring_convert,
+    )
 })
 
 
@@ -270,5 +327,22 @@ def _prose(lines: list[str]) -> str | None:
   is_prose = (
       40 <= len(text) <= 280 and len(text.split()) >= 7 and letters >= 0.85 * len(text)
       and not re.search(r">>>|::|^\s*\.\. |^\s*[:@]|---", text, re.MULTILINE)
+  )
+  return text if is_prose else None
+
+
+def _plain_paragraph(paragraph: str) -> str | None:
+  """A paragraph of one to four sentences on one line; None where it isn't plain prose."""
+  lines = paragraph.split("\n")
+  text = " ".join(paragraph.split())
+  letters = sum(character.isalpha() or character == " " for character in text)
+  is_prose = (
+      60 <= len(text) <= 280 and len(text.split()) >= 9 and letters >= 0.9 * len(text)
+      and re.match(r"[A-Z]", text) and text.endswith((".", "!", "?"))
+      and len(re.findall(r"[.!?] [A-Z]", text)) <= 3
+      and len({len(line) - len(line.lstrip(" ")) for line in lines}) == 1
+      and not any(line.endswith("-") for line in lines)
+      and not _SECTION.match(text)
+      and not re.search(r">>>|::|---|^\s*([-*+] |\.\. |[:@]|[\w ]+:( |$))", paragraph, re.MULTILINE)
   )
   return text if is_prose else None

@@ -24,6 +24,8 @@ LOOPING_SHARE = 0.1
 # A task isn't learned where looping rows are more than the references' share
 # and this. References loop as well, code above all: 28 % of `code_format`.
 MAX_LOOPING = 0.1
+# Up to this many times the reference's tokens an input is a floor as a whole.
+WHOLE_INPUT = 1.5
 
 
 @functools.cache
@@ -54,18 +56,31 @@ def edit_similarity(reference: str, output: str) -> float:
   return 1 - edit_distance(reference, output) / longer if longer else 1.0
 
 
-METRICS: Mapping[str, Callable[[str, str], float]] = MappingProxyType(
-    {metric.__name__: metric for metric in (rouge_l, exact_match, edit_similarity)}
-)
+def word_similarity(reference: str, output: str) -> float:
+  """1 - edit distance of the words / number of words of the longer text, 0 … 1.
+
+  Words are what stands between white space, case and punctuation included: 1 - the
+  word error rate, if the output is no longer than the reference.
+  """
+  words = reference.split(), output.split()
+  longer = max(map(len, words))
+  return 1 - edit_distance(*words) / longer if longer else 1.0
 
 
-def edit_distance(one: str, other: str) -> int:
-  """Fewest characters to insert, delete or change (Levenshtein)."""
-  characters = np.array([ord(character) for character in other], np.int64)
+METRICS: Mapping[str, Callable[[str, str], float]] = MappingProxyType({
+    metric.__name__: metric for metric in (rouge_l, exact_match, edit_similarity, word_similarity)
+})
+
+
+def edit_distance(one: Sequence[str], other: Sequence[str]) -> int:
+  """Fewest characters, or words of lists, to insert, delete or change (Levenshtein)."""
+  ids = {}
+  one, other = ([ids.setdefault(item, len(ids)) for item in items] for items in (one, other))
+  items = np.array(other, np.int64)
   places = np.arange(len(other) + 1)
   row = places
-  for i, character in enumerate(one, start=1):
-    kept = row[:-1] + (characters != ord(character))
+  for i, item in enumerate(one, start=1):
+    kept = row[:-1] + (items != item)
     row = np.concatenate([[i], np.minimum(kept, row[1:] + 1)])
     # Insertions: the least of row[j] + (k - j) over all j <= k.
     row = np.minimum.accumulate(row - places) + places
@@ -85,7 +100,9 @@ def floor_texts(
 
   `another_reference` is the reference of the row half the list away, none
   where there is one row only. `input_start` is the beginning of the row's own
-  input after its instruction, as many tokens as the reference has.
+  input after its instruction, as many tokens as the reference has, or all of
+  it where that is at most `WHOLE_INPUT` as many: a text with errors is longer than
+  the text that it was.
 
   Args:
     rows: with `inputs` and `targets`.
@@ -100,8 +117,9 @@ def floor_texts(
   starts = []
   for row in rows:
     content = re.sub(f"\\A(?:{instruction})", "", row["inputs"])
-    length = len(vocabulary.encode(row["targets"]))
-    starts.append(vocabulary.decode(vocabulary.encode(content)[:length]))
+    tokens, length = vocabulary.encode(content), len(vocabulary.encode(row["targets"]))
+    is_short = len(tokens) <= WHOLE_INPUT * length
+    starts.append(content if is_short else vocabulary.decode(tokens[:length]))
   texts["input_start"] = starts
   return texts
 
