@@ -45,7 +45,10 @@ FLOORS = {
     "bpd_jax.train": 4,
 }
 # Commands of a package further down start like every other.
-COMMANDS = {("bpd_jax.data.docstrings", "bpd_jax.launch")}
+COMMANDS = {
+    ("bpd_jax.data.docstrings", "bpd_jax.launch"),
+    ("bpd_jax.evaluation.controls", "bpd_jax.launch"),
+}
 NEVER = {
     "bpd_jax.decoding": ("bpd_jax.model", "bpd_jax.partitioning", "gin", "tensorflow", "seqio"),
     "bpd_jax.model": ("bpd_jax.decoding", "gin", "tensorflow", "seqio"),

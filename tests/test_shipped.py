@@ -82,3 +82,23 @@ def test_the_quickstarts_commands_can_be_read(quickstart):
   for module, *options in quickstart.commands().values():
     gin.clear_config()
     read_gin(options, module, "", entries[module])
+
+
+@pytest.mark.parametrize("file, macros", [
+    ("demo", ["TASKS"]), ("quickstart", ["TRAIN_TASKS"]),
+    *((name, ["TRAIN_TASKS", "VALIDATION_TASKS"]) for name in (
+        "base", "decay", "joint", "last", "heads", "distill",
+    )),
+])
+def test_experiments_stay_with_the_tasks_that_the_model_was_trained_on(file, macros):
+  read_gin_files([f"{FOLDER}/{file}.gin"], [])
+  trained_on = [
+      "docstring_summary", "docstring_qa", "docstring_lm", "code_format", "code_body", "grammar"
+  ]
+  for macro in macros:
+    found = gin.query_parameter(f"%{macro}")
+    while isinstance(found, gin.config.ConfigurableReference):
+      found = gin.query_parameter(f"%{found.scoped_selector.removesuffix('/gin.macro')}")
+    assert [task.scoped_selector.partition("/")[0] for task in found] == trained_on
+  rates = gin.query_parameter("%RATES") if file not in ("demo", "quickstart") else None
+  assert rates is None or len(rates) == len(trained_on)
