@@ -77,6 +77,6 @@ def test_command_prints_both(corpus, monkeypatch, capsys):
   figures = {line.split()[1]: line.split() for line in lines if line.startswith("│")}
   assert figures["docstring_convert"][-4] == "1.000"
   start, control = (float(figures["docstring_repair"][i]) for i in (9, 11))
-  assert 0.6 < start < control < 0.95
+  assert 0.6 < start < control - 0.03 < 0.95
   num_described = sum(bool(record.parameters) for record in corpus.records["test"])
   assert f"describe parameters: {num_described};" in " ".join(lines)

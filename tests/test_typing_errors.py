@@ -22,6 +22,15 @@ WORDS = st.lists(
 
 @given(WORDS, st.integers(0, 2**64 - 1))
 def test_edits_are_small_apart_and_spare_words_and_code(text, seed):
+  check_edits(text, seed)
+
+
+def test_edits_of_many_seeds_are_small_apart_and_spare_words_and_code():
+  for seed in range(1000):
+    check_edits(TEXT, seed)
+
+
+def check_edits(text, seed):
   edits = typing_errors(text, seed)
   assert edits == typing_errors(text, seed)
   ends = [0, *(edit.stop for edit in edits)]
@@ -70,7 +79,9 @@ def test_some_writers_leave_capitals_and_punctuation_out():
   assert 0.2 < len(lower) / 400 < 0.4
   assert 0.1 < len(unmarked) / 400 < 0.25
   # Only at the start of sentences; nobody could tell elsewhere.
-  assert all("(see NumPy)" in text for text in typed)
+  for seed in range(400):
+    names = apply_edits("It is for Amy and Bob.", typing_errors("It is for Amy and Bob.", seed))
+    assert "A" in names and "B" in names
 
 
 @pytest.mark.parametrize("text, possible", [
