@@ -2,7 +2,15 @@ PYTHON ?= python3
 BIN := .venv/bin
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: install run demo test test-slow mutate benchmark lint clean
+# The core's tests: decoding, model, training, partitioning, checkpoints, n-grams. They need
+# none of the extras that data or peers need.
+CORE := $(addprefix tests/test_,$(addsuffix .py, \
+  accept compiled decode exactness generation lattice loop own_drafter replay rescored_model \
+  rescoring search model probes shipped batches loop_training step train train_input \
+  train_modes partitioning checkpoints ngram ngram_arpa ngram_arrays ngram_bounds \
+  ngram_smoothing))
+
+.PHONY: install run demo test test-slow test-newest mutate benchmark lint clean
 
 install: .venv/installed
 
@@ -23,15 +31,21 @@ demo: install
 	$(BIN)/python -m bpd_jax.decode --checkpoint experiments/docstrings/model --show-drafts \
 	  --file experiments/docstrings/prompt.jsonl --field inputs
 
-# Compiling takes one core; the files of the tests share two. Most of their time is
-# compiling programs that run once, so LLVM optimises nothing, and fusions are emitted
-# the old way, which takes a third of the time.
+# Compiling takes one core; the files of the tests share two.
 test: install
-	XLA_FLAGS="--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true \
-	  --xla_cpu_use_fusion_emitters=false" $(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow
+
+# The core, slow tests too, on the newest releases that setup.py allows and this Python has, in an environment
+# of their own. Those of jax want Python 3.12 or newer: `make test-newest PYTHON=python3.13`.
+test-newest:
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/pip install --quiet --disable-pip-version-check --no-compile --upgrade \
+	  --upgrade-strategy eager -e '.[cpu,test-core]'
+	.venv-newest/bin/python -c 'from bpd_jax import environment; print(environment.versions())'
+	.venv-newest/bin/python -m pytest -n 2 --dist loadfile -m "" $(CORE)
 
 mutate: install
 	$(BIN)/python tests/mutate.py
@@ -46,4 +60,4 @@ lint: install
 	$(BIN)/ruff check .
 
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv .venv-newest build dist *.egg-info

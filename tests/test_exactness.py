@@ -4,11 +4,6 @@ import jax
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
-
-import hf_models
-
 from bpd_jax.evaluation.exactness import check_differences, Difference, find_differences
 from bpd_jax.generation import Generator
 from bpd_jax.interchange.huggingface import import_model
@@ -26,12 +21,16 @@ OPTIONS = {"max_length": MAX_LENGTH, "batch_size": 5, "buckets": (32,)}
 VIEW = jax.jit(decode_view, static_argnums=0)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-  """Models this small lose time to a pool of threads."""
+@pytest.fixture(scope="module")
+def hf_models():
+  """Models of transformers, on one thread: those this small lose time to a pool of them."""
+  torch = pytest.importorskip("torch")
+  pytest.importorskip("transformers")
+  import hf_models
+
   before = torch.get_num_threads()
   torch.set_num_threads(1)
-  yield
+  yield hf_models
   torch.set_num_threads(before)
 
 
@@ -42,9 +41,9 @@ def make_generator(config, params):
   return generator
 
 
-def random_model(kind, seed, folder):
+def random_model(hf_models, kind, seed, folder):
   """A model of transformers, and its config and parameters in float64 with random heads."""
-  model = hf_models.make_t5(kind, seed=seed, dtype=torch.float64, eos_scale=2.0)
+  model = hf_models.make_t5(kind, seed=seed, dtype=hf_models.torch.float64, eos_scale=2.0)
   hf_models.save(model, folder)
   config, params = import_model(folder, block_size=10, head_d_ff=16)
   rng = np.random.default_rng(seed)
@@ -57,6 +56,8 @@ def random_model(kind, seed, folder):
 
 def torch_greedy(model, prompts):
   """Greedy tokens of transformers for a padded batch, EOS included."""
+  import torch
+
   longest = max(map(len, prompts))
   padded = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts])
   mask = torch.tensor([[1] * len(p) + [0] * (longest - len(p)) for p in prompts])
@@ -68,12 +69,12 @@ def torch_greedy(model, prompts):
 
 @pytest.mark.slow  # Each kind compiles eight loops in float64.
 @pytest.mark.parametrize("kind", ["t5", "t5_1_1"])
-def test_float64_blockwise_is_greedy_is_transformers(kind, tmp_path):
+def test_float64_blockwise_is_greedy_is_transformers(hf_models, kind, tmp_path):
   rng = np.random.default_rng(len(kind))
   ended, lengths = 0, []
   accepted = {shape: set() for shape in (*HEADS, *REFERENCES)}
   for number in range(NUM_MODELS):
-    model, config, params = random_model(kind, number, tmp_path / str(number))
+    model, config, params = random_model(hf_models, kind, number, tmp_path / str(number))
     prompts = [
         rng.integers(2, 97, n).tolist() for n in rng.choice(np.arange(1, 31), 4, replace=False)
     ]
@@ -123,9 +124,9 @@ def test_float64_blockwise_is_greedy_is_transformers(kind, tmp_path):
 
 
 @pytest.mark.parametrize("shape", HEADS)
-def test_heads_always_wrong_need_a_call_a_token(shape, tmp_path):
+def test_heads_always_wrong_need_a_call_a_token(hf_models, shape, tmp_path):
   """Heads that say 96, which the base model can't: its logit reads a feature that is 0."""
-  _, config, params = random_model("t5_1_1", 0, tmp_path / "model")
+  _, config, params = random_model(hf_models, "t5_1_1", 0, tmp_path / "model")
   params["decoder"]["norm"]["scale"][-1] = 0
   params["logits_kernel"][:, 96] = 0
   params["logits_kernel"][-1, 96] = 1e6
@@ -151,9 +152,9 @@ def test_heads_always_wrong_need_a_call_a_token(shape, tmp_path):
 
 
 @pytest.mark.parametrize("shape", HEADS)
-def test_heads_always_right_need_one_call_and_a_ceiling(shape, tmp_path):
+def test_heads_always_right_need_one_call_and_a_ceiling(hf_models, shape, tmp_path):
   """Where all tokens score alike greedy says 0 for ever, and so does every head."""
-  _, config, params = random_model("t5_1_1", 0, tmp_path / "model")
+  _, config, params = random_model(hf_models, "t5_1_1", 0, tmp_path / "model")
   params["logits_kernel"][:] = 0
   prompts, limits = [[5, 6, 7], list(range(2, 30)), [9] * 12, [8]], [MAX_LENGTH, 1, 7, 11]
   with jax.enable_x64(True):

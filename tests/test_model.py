@@ -55,6 +55,21 @@ def rows():
   return rng.integers(2, 40, [2, 7]), mask, rng.integers(2, 40, [2, 10])
 
 
+def test_seeds_give_what_they_always_gave():
+  """What a layer of a stack starts with, and what dropout drops."""
+  config = T5_1_1.replace(dropout_rate=0.5)
+  params = init_params(config, PLACE, jax.random.key(2))
+  wo = [params[stack]["layers"]["mlp"]["wo"][1, 0, :2] for stack in ("encoder", "decoder")]
+  np.testing.assert_allclose(
+      wo, [[0.22864388, -0.24464163], [-0.02729624, -0.00159063]], atol=1e-7
+  )
+  tokens = jnp.ones([2, 3], jnp.int32)
+  logits = EncoderDecoder(config, PLACE).apply(
+      {"params": params}, tokens, tokens > 0, tokens, True, rngs={"dropout": jax.random.key(1)}
+  )
+  np.testing.assert_allclose(logits[0, :, 0], [-0.1179257, -0.3261725, -0.6879423], atol=1e-5)
+
+
 def test_decoder_is_causal_by_gradient(setup, rows):
   config, run, params = setup
   tokens, mask, targets = rows

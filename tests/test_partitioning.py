@@ -127,6 +127,27 @@ def test_a_misspelt_axis_of_an_activation_raises_on_one_device():
                    jax.random.key(0))
 
 
+class Noting(Partitioning):
+  """Notes what is constrained, and calls back from the program that does it."""
+
+  noted = []
+
+  def constrain(self, x, names):
+    self.noted.append(names)
+    jax.debug.callback(lambda: None)
+    return super().constrain(x, names)
+
+
+def test_a_stack_traces_its_layer_once_and_lets_it_call_back():
+  place = Noting(single_device().mesh)
+  tokens = jnp.ones([2, 3], jnp.int32)
+  params = init_params(CONFIG, single_device(), jax.random.key(0))
+  jax.eval_shape(lambda params: EncoderDecoder(CONFIG, place).apply(
+      {"params": params}, tokens, tokens > 0, tokens), params)
+  # Two stacks of two layers each.
+  assert place.noted.count(("batch", "length", "mlp")) == 2
+
+
 @pytest.mark.parametrize("name", ["vocab", "joined_kv", "layers", "relpos_buckets", "block"])
 def test_a_parameter_whose_axis_no_rule_knows_raises(name):
   place = Partitioning(single_device().mesh, without(name))

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from bpd_jax.model.config import ModelConfig
-from bpd_jax.model.encoder import stack_layers
+from bpd_jax.model.encoder import is_random, stack_layers
 from bpd_jax.model.layers import (
   Attention,
   FeedForward,
@@ -105,7 +105,9 @@ class Decoder(nn.Module):
           for i in range(config.num_decoder_layers)
       ]
     else:
-      stack = stack_layers(DecoderLayer, config.num_decoder_layers, 4, config.scan_unroll)
+      stack = stack_layers(
+          DecoderLayer, config.num_decoder_layers, 4, config.scan_unroll, is_random(self)
+      )
       self.layers = stack(config, place)
     self.norm = RMSNorm(config)
     self.dropout = nn.Dropout(config.dropout_rate, broadcast_dims=(-2,))

@@ -45,7 +45,7 @@ class EncoderLayer(nn.Module):
 
 
 def stack_layers(
-    layer: type[nn.Module], num_layers: int, num_inputs: int, unroll: int
+    layer: type[nn.Module], num_layers: int, num_inputs: int, unroll: int, is_random: bool
 ) -> type[nn.Module]:
   """A scan over layers whose parameters are stacked on a first axis `layers`.
 
@@ -54,6 +54,7 @@ def stack_layers(
     num_layers: how many.
     num_inputs: how many inputs each layer gets as they are.
     unroll: how many layers an iteration goes through.
+    is_random: whether layers draw: parameters that they start with, or dropout.
   """
   return nn.scan(
       layer,
@@ -63,7 +64,16 @@ def stack_layers(
       length=num_layers,
       unroll=unroll,
       metadata_params={nn.PARTITION_NAME: "layers"},
+      # Layers broadcast nothing that could vary, and the check of that traces a layer once
+      # more and, from jax 0.11 on, refuses effects in it, such as debug.print. But what
+      # flax draws depends on how often a layer is traced, and a seed gives what it gave.
+      check_constancy_invariants=is_random,
   )
+
+
+def is_random(module: nn.Module) -> bool:
+  """Whether a module was given keys to draw from."""
+  return module.has_rng("params") or module.has_rng("dropout")
 
 
 class Encoder(nn.Module):
@@ -90,6 +100,8 @@ class Encoder(nn.Module):
     bias = RelativePositionBias(config, True, name="relpos_bias")(position, position)
     mask = mask[:, None, None, :] if mask.ndim == 2 else mask[:, None]
     drop = nn.Dropout(config.dropout_rate, broadcast_dims=(-2,), deterministic=not is_training)
-    stack = stack_layers(EncoderLayer, config.num_encoder_layers, 2, config.scan_unroll)
+    stack = stack_layers(
+        EncoderLayer, config.num_encoder_layers, 2, config.scan_unroll, is_random(self)
+    )
     x, _ = stack(config, self.partitioning, name="layers")(drop(x), bias, mask, is_training)
     return drop(RMSNorm(config, name="norm")(x))
