@@ -30,6 +30,7 @@ from bpd_jax.data.datasets import (
     task_label,
     TextTask,
 )
+from bpd_jax.data.rows import shipped_vocabulary
 from bpd_jax.distillation import distil
 from bpd_jax.environment import describe_device, git_revision, versions
 from bpd_jax.errors import check_count, InputError
@@ -263,6 +264,7 @@ def run_vocabulary(
   own = None if checkpoint is None else vocabulary_path(checkpoint)
   if path is None and own is None:
     raise InputError("train.vocabulary", None, "a vocabulary file")
+  path = path and shipped_vocabulary(path)
   words = open_vocabulary(path or own, vocab_size)
   if own is not None:
     expected = open_vocabulary(own, vocab_size).fingerprint
