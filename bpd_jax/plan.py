@@ -23,7 +23,6 @@ from typing import Any
 import gin
 import jax
 import jax.numpy as jnp
-from rich.console import Console
 from rich.table import Table
 
 from bpd_jax.environment import LIBTPU_WITHOUT_TPU
@@ -34,6 +33,7 @@ from bpd_jax.model.config import ModelConfig
 from bpd_jax.model.model import abstract_params, decode_view, EncoderDecoder
 from bpd_jax.partitioning import make_partitioning, Partitioning
 from bpd_jax.programs import decode_batch, DecodeSettings, prefill, start_state
+from bpd_jax.terminal import plain_console
 from bpd_jax.training.optimizer import Optimizer
 from bpd_jax.training.step import Step
 
@@ -369,7 +369,7 @@ def plan(
   partitioning.check_batch(batch_size)
   check_model(config, partitioning)
 
-  console = Console()
+  console = plain_console()
   shape = ", ".join(f"{axis} {size}" for axis, size in partitioning.mesh.shape.items())
   console.print(
       f"{topology}, mesh {shape}; batch {batch_size}, {input_length} in, {output_length} out, "

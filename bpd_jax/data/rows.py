@@ -76,6 +76,13 @@ class RowsTask:
     """Reads the rows; see `load_rows`."""
     return load_rows(self.name, self.split)[: self.max_examples]
 
+  def placed_rows(self) -> dict[str, Row]:
+    """Rows by where each stands, as in "grammar.test:1"."""
+    return {
+        f"{self.name}.{self.split}:{number}": row
+        for number, row in enumerate(self.rows(), start=1)
+    }
+
 
 def shipped_vocabulary(path: str) -> str:
   """A vocabulary's path; that of the shipped one by its place in a checkout, found anywhere."""
