@@ -3,6 +3,26 @@
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).resolve().parent
+GIN_FILES = [path.relative_to(ROOT) for path in sorted(ROOT.glob("gin/**/*.gin"))]
+
+
+class BuildWithGin(build_py):
+  """The package, and below it the gin files; a package of their own would hide gin-config's."""
+
+  def run(self):
+    super().run()
+    # An editable install finds them where they are.
+    for path in () if self.editable_mode else GIN_FILES:
+      to = Path(self.build_lib, "bpd_jax/gin_files", path)
+      self.mkpath(str(to.parent))
+      self.copy_file(str(ROOT / path), str(to))
+
+  def get_source_files(self):
+    return [*super().get_source_files(), *map(str, GIN_FILES)]
+
 
 EXTRAS = {
     "cpu": ["jax"],
@@ -52,6 +72,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["bpd_jax", "bpd_jax.*"]),
+    cmdclass={"build_py": BuildWithGin},
     package_data={"bpd_jax": ["data/files/*"]},
     install_requires=[
         "absl-py>=2",

@@ -17,10 +17,11 @@ import sys
 from rich.console import Console, CONSOLE_SVG_FORMAT
 from rich.text import Text
 
-from bpd_jax.data.jsonl import parse_jsonl
+from bpd_jax.data.jsonl import decode_text, parse_jsonl, read_text, text_lines
 from bpd_jax.errors import InputError
 from bpd_jax.generation import Call, Generation, load
 from bpd_jax.launch import run
+from bpd_jax.terminal import plain_console
 from bpd_jax.vocabulary import Vocabulary
 
 PROMPT_WIDTH = 70
@@ -29,7 +30,9 @@ ACCEPTED, REJECTED, BASE = ("+", "green"), ("-", "red"), ("=", "bold")
 LEGEND = "# call, accepted/drafted: + accepted, = the base model's own choice, - rejected"
 
 
-def read_prompts(prompts: Sequence[str], file: str | None, field: str | None) -> list[str]:
+def read_prompts(
+    prompts: Sequence[str], file: str | None, field: str | None
+) -> dict[str, str]:
   """Prompts from the command line, a file or standard input.
 
   Args:
@@ -37,30 +40,31 @@ def read_prompts(prompts: Sequence[str], file: str | None, field: str | None) ->
     file: a path; standard input where this and `prompts` are empty.
     field: of a JSON object, one a line; None where each line is a prompt.
 
+  Returns:
+    Prompts by where each comes from, for errors: "prompts[0]" or "FILE:LINE".
+
   Raises:
-    InputError: where there are none, or from two places.
+    InputError: where there are none, or from two places; naming the file's line that
+      isn't UTF-8, or isn't an object with the field as a text.
   """
   if prompts:
     for name, value in (("file", file), ("field", field)):
       if value is not None:
         raise InputError(name, value, "no option beside prompts on the command line")
-    return list(prompts)
+    return {f"prompts[{i}]": prompt for i, prompt in enumerate(prompts)}
   source = file or "standard input"
   if file is None and sys.stdin.isatty():
     print("prompts, one a line, then Ctrl-D:", file=sys.stderr)
-  try:
-    if file is None:
-      text = sys.stdin.buffer.read().decode("utf-8")
-    else:
-      with open(file, encoding="utf-8") as lines:
-        text = lines.read()
-  except (OSError, UnicodeDecodeError) as error:
-    raise InputError("file", source, "a UTF-8 text file that exists") from error
+  if file is None:
+    text = decode_text(sys.stdin.buffer.read(), source)
+  else:
+    text = read_text(file, "file")
   if field is not None:
-    return [row["inputs"] for row in parse_jsonl(text, {"inputs": field}, source)]
+    rows = parse_jsonl(text, {"inputs": field}, source)
+    return {place: row["inputs"] for place, row in rows.items()}
   if source.endswith(".jsonl"):
     raise InputError("field", field, f"the field of {source} that holds the prompt")
-  found = [line for line in text.splitlines() if line.strip()]
+  found = {f"{source}:{number}": line for number, line in text_lines(text)}
   if not found:
     raise InputError("file", source, "at least one prompt")
   return found
@@ -115,9 +119,8 @@ def save_picture(
   Raises:
     InputError: where the file can't be written.
   """
-  console = Console(
+  console = plain_console(
       record=True, file=io.StringIO(), width=100, color_system="truecolor", force_terminal=True,
-      highlight=False, markup=False, emoji=False,
   )
   console.print(LEGEND, style="dim")
   for row, prompt in enumerate(prompts):
@@ -192,11 +195,13 @@ def main(argv: Sequence[str]) -> None:
   args = parser.parse_args(argv)
   prompts = read_prompts(args.prompts, args.file, args.field)
   model = load(args.checkpoint, dtype=args.dtype)
+  names, prompts = [*prompts], [*prompts.values()]
+  rows = model.encode_prompts(prompts, names=names)
   generation = model.generate(
-      prompts, args.method, block_size=args.block_size, verify_width=args.verify_width,
+      rows, args.method, block_size=args.block_size, verify_width=args.verify_width,
       max_length=args.max_length, batch_size=min(args.batch_size, len(prompts)),
   )
-  console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
+  console = plain_console(soft_wrap=True)
   if args.show_drafts:
     console.print(LEGEND, style="dim")
   for row, prompt in enumerate(prompts):

@@ -17,6 +17,20 @@ def brief(error: Exception) -> str:
   return line if len(line) <= 200 else line[:200] + " …"
 
 
+def check_text(field: str, value: str) -> None:
+  """Raises InputError where a text has halves of characters, which UTF-8 hasn't.
+
+  JSON has them as a lone \\ud83d, and Python for the bytes of arguments that aren't UTF-8.
+  """
+  try:
+    value.encode("utf-8")
+  except UnicodeEncodeError as error:
+    near = value[max(error.start - 20, 0) : error.start + 20]
+    raise InputError(
+        field, near, f"text in UTF-8, where {value[error.start]!r} is no character"
+    ) from error
+
+
 def check_count(field: str, value, least: int = 1) -> None:
   """Raises InputError where a value isn't a whole number from `least` on."""
   if not isinstance(value, int) or isinstance(value, bool) or value < least:

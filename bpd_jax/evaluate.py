@@ -7,26 +7,27 @@ Prints a table, and writes `results.json` and each method's outputs as JSONL;
 docs/reading_results.md says what the figures mean.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
 import importlib.util
 import itertools
 import json
 from pathlib import Path
 import re
+import sys
 from typing import Any
 
 import gin
 import jax
-from rich.console import Console
+import numpy as np
 from rich.progress import (
   BarColumn,
   MofNCompleteColumn,
   Progress,
-  TextColumn,
   TimeRemainingColumn,
 )
 
+from bpd_jax.data.batches import cut_inputs
 from bpd_jax.data.jsonl import JsonlTask
 from bpd_jax.data.rows import rows_fingerprint, RowsTask
 from bpd_jax.decoding.rescoring import Scoring
@@ -40,17 +41,20 @@ from bpd_jax.evaluation.scoring import load_scoring
 from bpd_jax.evaluation.table import means_over_learned, print_results
 from bpd_jax.evaluation.tuning import tune, Tuned, Tuning
 from bpd_jax.folders import (
-    files_fingerprint,
-    new_file,
-    read_object,
-    resumable_folder,
-    write_object,
+  files_fingerprint,
+  new_file,
+  read_object,
+  resumable_folder,
+  write_object,
 )
-from bpd_jax.generation import Generation, Generator, input_bucket, load
+from bpd_jax.generation import Generation, Generator, input_bucket, INPUT_BUCKETS, load
 from bpd_jax.launch import read_gin, run
 from bpd_jax.partitioning import Partitioning
+from bpd_jax.terminal import description_column, plain_console
 
 Task = RowsTask | JsonlTask
+# What may become of a row whose inputs are empty or too long.
+UNFIT_ROWS = ("error", "cut", "leave_out")
 
 
 @gin.configurable(module="bpd_jax")
@@ -65,6 +69,7 @@ def evaluate(
     repeats: int = 3,
     tuning: Tuning | Tuned | None = None,
     has_report: bool = False,
+    unfit_rows: str = "error",
     dtype: str | None = None,
     partitioning: Partitioning | None = None,
 ) -> dict[str, Any]:
@@ -85,6 +90,9 @@ def evaluate(
       say without it.
     has_report: whether to analyse drafts as well and write `analysis.json` and
       `report.html`; needs the extra `report`.
+    unfit_rows: what becomes of rows whose inputs are empty or longer than the longest
+      bucket. "error" names the first of them and ends; "cut" cuts long ones before an
+      EOS, as training does, and leaves out empty ones; "leave_out" leaves out both.
     dtype: to compute in, instead of the checkpoint's.
     partitioning: where the model lives; one device by default.
 
@@ -97,47 +105,58 @@ def evaluate(
       greedy's and can't be near ties.
   """
   _check_names(tasks, methods)
+  if unfit_rows not in UNFIT_ROWS:
+    raise InputError("unfit_rows", unfit_rows, f"one of {UNFIT_ROWS}")
   if has_report and importlib.util.find_spec("matplotlib") is None:
     raise InputError("has_report", True, "False, as matplotlib isn't installed (extra report)")
-  every = {task.name: task.rows() for task in tasks}
+  placed = {task.name: task.placed_rows() for task in tasks}
+  every = {name: [*own.values()] for name, own in placed.items()}
+  # By the texts alone, so that models of any vocabulary report the same rows.
   chosen = {
       name: tuning.split(name, [row["inputs"] for row in own]) if tuning
       else ([], list(range(len(own))))
       for name, own in every.items()
   }
-  rows = {name: [every[name][i] for i in reported] for name, (_, reported) in chosen.items()}
-  how = _How(tuple(methods), batch_size, max_decode_length, repeats, tuning, has_report)
+  how = _How(
+      tuple(methods), batch_size, max_decode_length, repeats, tuning, has_report, unfit_rows
+  )
   made_with = {
       "device": describe_device(),
       "versions": versions(),
-      "rows_fingerprint": rows_fingerprint(list(itertools.chain(*rows.values()))),
       "checkpoint": checkpoint,
   }
   identity = {
-      **made_with, "source": source_fingerprint(),
+      **made_with, "rows_fingerprint": rows_fingerprint([*itertools.chain(*every.values())]),
+      "source": source_fingerprint(),
       "model_files": files_fingerprint(checkpoint), "dtype": dtype, "tasks": repr(tasks),
       "how": repr(how),
   }
-  console = Console()
-  columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+  console = plain_console()
+  columns = (description_column(), BarColumn(), MofNCompleteColumn(),
              TimeRemainingColumn())
   # The folder is made first: no hours of decoding for what can't be written.
   with resumable_folder(output, identity) as folder:
     model = load(checkpoint, partitioning=partitioning, dtype=dtype)
-    encoded = {task.name: _encode(model, task, every[task.name]) for task in tasks}
+    read = {
+        name: _read_rows(model, name, own, chosen[name], unfit_rows)
+        for name, own in placed.items()
+    }
     # One for all recordings, so that each method is replayed by one program.
-    input_length = input_bucket(max(map(len, itertools.chain(*encoded.values()))))
+    input_length = max(own.input_length for own in read.values())
+    for name, own in read.items():
+      if unfit := own.describe_unfit():
+        console.print(f"{name}: {unfit}")
     found = {}
     with Progress(*columns, console=console) as progress:
       for task in tasks:
-        prompts = encoded[task.name]
-        tuning_rows, reported = chosen[task.name]
         found[task.name] = _evaluate_task(
-            folder, model, task, rows[task.name], [prompts[i] for i in reported],
-            [prompts[i] for i in tuning_rows], how, input_length, progress,
+            folder, model, task, read[task.name], how, input_length, progress
         )
     results = {
         **made_with,
+        "rows_fingerprint": rows_fingerprint(
+            [*itertools.chain(*(own.rows for own in read.values()))]
+        ),
         "git_revision": git_revision(),
         "dtype": model.config.dtype,
         "batch_size": batch_size,
@@ -157,8 +176,8 @@ def evaluate(
   print_results(results, console)
   for own in found.values():
     for line in own["differences"]:
-      console.print(line, highlight=False)
-  console.print(f"written to {output}", highlight=False, soft_wrap=True)
+      console.print(line)
+  console.print(f"written to {output}", soft_wrap=True)
   wrong = [method for own in found.values() for method in own["wrong"]]
   # In fewer bits a block call and a single one differ too often to be judged.
   if wrong and model.config.dtype in ("float32", "float64"):
@@ -176,6 +195,40 @@ class _How:
   repeats: int
   tuning: Tuning | Tuned | None
   has_report: bool
+  unfit_rows: str
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+  """A task's rows as they are evaluated.
+
+  Attributes:
+    rows: those that are reported.
+    prompts: token ids of their inputs.
+    tuning_prompts: of the rows on which weights are chosen.
+    num_cut: rows of both whose inputs were cut.
+    num_left_out: rows of both that didn't fit.
+  """
+
+  rows: list[dict[str, str]]
+  prompts: list[list[int]]
+  tuning_prompts: list[list[int]]
+  num_cut: int
+  num_left_out: int
+
+  @property
+  def input_length(self) -> int:
+    """The bucket of the longest prompt."""
+    return input_bucket(max(map(len, [*self.prompts, *self.tuning_prompts])))
+
+  def describe_unfit(self) -> str:
+    """What became of rows that don't fit, in words; nothing where all do."""
+    counts = (
+        (self.num_cut, f"cut to {max(INPUT_BUCKETS):,} tokens"), (self.num_left_out, "left out")
+    )
+    return ", ".join(
+        f"{count} row{'s' * (count > 1)} {what}" for count, what in counts if count
+    )
 
 
 def _task_file(task: Task) -> str:
@@ -184,9 +237,8 @@ def _task_file(task: Task) -> str:
 
 
 def _evaluate_task(
-    folder: Path, model: Generator, task: Task, rows: Sequence[dict[str, str]],
-    prompts: Sequence[Sequence[int]], tuning_prompts: Sequence[Sequence[int]], how: _How,
-    input_length: int, progress: Progress,
+    folder: Path, model: Generator, task: Task, own: _Rows, how: _How, input_length: int,
+    progress: Progress,
 ) -> dict[str, Any]:
   """Evaluates one task and writes its outputs, unless the folder has it already.
 
@@ -196,16 +248,16 @@ def _evaluate_task(
   """
   path = folder / _task_file(task)
   if path.exists():
-    progress.console.print(f"{task.name}: evaluated before it was cut off", highlight=False)
+    progress.console.print(f"{task.name}: evaluated before it was cut off")
     return read_object(path)
   scoring, tuned = _choose_weights(
-      model, task.name, tuning_prompts, how, input_length, progress
+      model, task.name, own.tuning_prompts, how, input_length, progress
   )
   # Where measuring is all there is, tasks share its programs.
   if tuned:
     _forget_programs()
   measured = measure_methods(
-      model, prompts, how.methods, max_decode_length=how.max_decode_length,
+      model, own.prompts, how.methods, max_decode_length=how.max_decode_length,
       batch_size=how.batch_size, repeats=how.repeats, progress=progress, label=task.name,
       scoring=scoring,
   )
@@ -215,19 +267,24 @@ def _evaluate_task(
   analysis = None
   if how.has_report:
     recording = record(
-        model, prompts, live[GREEDY.name], how.max_decode_length, input_length=input_length
+        model, own.prompts, live[GREEDY.name], how.max_decode_length, input_length=input_length
     )
     analysis = analyse_task(model, recording, how.methods, scoring, live)
     _forget_programs()
-  _write_outputs(folder, task.name, rows, live)
+  _write_outputs(folder, task.name, own.rows, live)
   found = {
       "results": {
           "split": task.split,
-          "examples": len(rows),
-          "tuning_examples": how.tuning.num_examples(task.name) if how.tuning else 0,
-          "rows_fingerprint": rows_fingerprint(rows),
+          "examples": len(own.rows),
+          "cut_rows": own.num_cut,
+          "left_out_rows": own.num_left_out,
+          "tuning_examples": (
+              how.tuning.num_examples(task.name) if isinstance(how.tuning, Tuned)
+              else len(own.tuning_prompts)
+          ),
+          "rows_fingerprint": rows_fingerprint(own.rows),
           **describe_quality(
-              live[GREEDY.name], rows, task.main_metric, task.instruction, model.vocabulary,
+              live[GREEDY.name], own.rows, task.main_metric, task.instruction, model.vocabulary,
               model.config.eos_id,
           ),
           "methods": {
@@ -311,18 +368,63 @@ def _choose_weights(
     weights = ", ".join(str(part.weight) for part in own)
     progress.console.print(
         f"{task}, {method.name}: weights {weights}, block efficiency {efficiency:.3f} on the "
-        "rows to tune on", highlight=False, soft_wrap=True,
+        "rows to tune on", soft_wrap=True,
     )
     progress.advance(bar)
   return scoring, tuned
 
 
-def _encode(model: Generator, task: Task, rows: Sequence[dict[str, str]]) -> list[list[int]]:
-  """Token ids of a task's prompts; InputError naming the task and row of a bad one."""
-  try:
-    return model.encode_prompts([row["inputs"] for row in rows])
-  except InputError as error:
-    raise InputError(f"{task.name} {error.field}", error.value, error.allowed) from error
+def _read_rows(
+    model: Generator, task: str, rows: Mapping[str, dict[str, str]],
+    chosen: Sequence[Sequence[int]], unfit_rows: str,
+) -> _Rows:
+  """A task's rows with the token ids of their inputs.
+
+  Args:
+    model: whose ids.
+    task: its name.
+    rows: all rows, by where each stands.
+    chosen: numbers of those to tune on, and of those to report.
+    unfit_rows: see `evaluate`.
+
+  Raises:
+    InputError: naming where the first row stands that doesn't fit, if that is an error;
+      where no row is left to tune on, or to report.
+  """
+  places = [*rows]
+  parts = [[places[number] for number in part] for part in chosen]
+  used = {*itertools.chain(*parts)}
+  inputs = {place: row["inputs"] for place, row in rows.items() if place in used}
+  tokens, num_cut = _encode(model, inputs, unfit_rows)
+  left = [[place for place in part if place in tokens] for part in parts]
+  for what, before, after in zip(("tune on", "report"), parts, left, strict=True):
+    if before and not after:
+      raise InputError(f"{task} rows to {what}", "none that fits", "at least one")
+  tuning_prompts, prompts = ([tokens[place] for place in part] for part in left)
+  return _Rows(
+      [rows[place] for place in left[1]], prompts, tuning_prompts, num_cut,
+      len(inputs) - len(tokens),
+  )
+
+
+def _encode(
+    model: Generator, inputs: Mapping[str, str], unfit_rows: str
+) -> tuple[dict[str, list[int]], int]:
+  """Token ids of the inputs that fit, by where they stand, and how many were cut."""
+  if unfit_rows == "error":
+    tokens = model.encode_prompts([*inputs.values()], names=[*inputs])
+    return dict(zip(inputs, tokens, strict=True)), 0
+  fitting, num_cut, most = {}, 0, max(INPUT_BUCKETS)
+  for place, text in inputs.items():
+    if not text.strip():
+      continue
+    [tokens] = model.encode_prompts([text], buckets=(sys.maxsize,), names=[place])
+    if len(tokens) > most and unfit_rows == "cut":
+      tokens = cut_inputs(np.asarray(tokens), most, model.config.eos_id).tolist()
+      num_cut += 1
+    if len(tokens) <= most:
+      fitting[place] = tokens
+  return fitting, num_cut
 
 
 def _write_outputs(

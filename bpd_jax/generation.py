@@ -19,7 +19,7 @@ from bpd_jax.decoding.rescoring import Rescorer, rescorer_params, Scoring
 from bpd_jax.decoding.scorers.reference import ReferenceScorer
 from bpd_jax.decoding.search import SearchSettings
 from bpd_jax.decoding.types import AcceptanceRule, Drafter, Prompt
-from bpd_jax.errors import InputError
+from bpd_jax.errors import check_text, InputError
 from bpd_jax.folders import PathLike
 from bpd_jax.model.config import ModelConfig
 from bpd_jax.model.model import EncoderDecoder
@@ -265,32 +265,40 @@ class Generator:
 
   def encode_prompts(
       self, prompts: Sequence[str] | Sequence[Sequence[int]],
-      buckets: Sequence[int] = INPUT_BUCKETS,
+      buckets: Sequence[int] = INPUT_BUCKETS, names: Sequence[str] | None = None,
   ) -> list[list[int]]:
-    """Token ids of each prompt as the model sees them; InputError naming a bad one."""
+    """Token ids of each prompt as the model sees them; InputError naming a bad one.
+
+    Args:
+      prompts: texts, or lists of token ids.
+      buckets: input lengths to pad to; the longest prompt must fit the last.
+      names: where each prompt comes from, for errors; its number by default.
+    """
     if isinstance(prompts, str) or not len(prompts):
       raise InputError("prompts", prompts, "a non-empty list of texts or of lists of ids")
     rows = []
     for i, prompt in enumerate(prompts):
+      name = f"prompts[{i}]" if names is None else names[i]
       if isinstance(prompt, str):
         if self.vocabulary is None:
           raise InputError(
-              f"prompts[{i}]", prompt[:40], "token ids, as the model has no vocabulary"
+              name, prompt[:40], "token ids, as the model has no vocabulary"
           )
         if not prompt.strip():
-          raise InputError(f"prompts[{i}]", prompt, "a text that isn't empty")
+          raise InputError(name, prompt, "a text that isn't empty")
+        check_text(name, prompt)
         prompt = [*self.vocabulary.encode(prompt), self.config.eos_id]
       row = [int(token) for token in prompt]
       if not row:
-        raise InputError(f"prompts[{i}]", row, "at least one token")
+        raise InputError(name, row, "at least one token")
       if len(row) > max(buckets):
         raise InputError(
-            f"prompts[{i}] length", len(row), f"1 … {max(buckets)}, the longest bucket"
+            f"{name} length", len(row), f"1 … {max(buckets)}, the longest bucket"
         )
       wrong = [token for token in row if not 0 <= token < self.config.vocab_size]
       if wrong:
         raise InputError(
-            f"prompts[{i}] token", wrong[0], f"0 … {self.config.vocab_size - 1}"
+            f"{name} token", wrong[0], f"0 … {self.config.vocab_size - 1}"
         )
       rows.append(row)
     return rows

@@ -10,13 +10,17 @@ import argparse
 from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import inspect
-import os
+from pathlib import Path
 import re
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from bpd_jax.errors import InputError
+from bpd_jax.environment import quiet_libtpu
+from bpd_jax.errors import check_text, InputError
 
+PACKAGE = Path(__file__).parent
+# Where the folder `gin` lies: beside the package in a checkout, below it where it is installed.
+GIN_ROOTS = (PACKAGE.parent, PACKAGE / "gin_files")
 GIN_USAGE = "[--gin_file=FILE …] [--gin.NAME=VALUE …]"
 # As gin says that a call had no value for an argument.
 _MISSING = re.compile(
@@ -36,8 +40,12 @@ def run(
       status, None for 0.
     argv: the arguments; the process's own by default.
   """
+  argv = sys.argv[1:] if argv is None else argv
   try:
-    status = main(sys.argv[1:] if argv is None else argv)
+    for number, argument in enumerate(argv, start=1):
+      check_text(f"argument {number}", argument)
+    quiet_libtpu()
+    status = main(argv)
   except (InputError, TypeError) as error:
     if not isinstance(error, InputError):
       error = _as_missing(error)
@@ -76,8 +84,9 @@ def read_gin(
 ) -> None:
   """Reads `--gin_file=FILE` and `--gin.NAME=VALUE`, each as often as needed.
 
-  Files are read in order, then bindings. A binding names a parameter of a
-  configurable (`ModelConfig.d_ff`) or a macro that one of the files sets.
+  Files, and what they include, are looked for as `find_gin_file` says, and read in
+  order, then bindings. A binding names a parameter of a configurable
+  (`ModelConfig.d_ff`) or a macro that one of the files sets.
   `--help` lists the files' macros with their values and exits.
 
   Args:
@@ -119,7 +128,7 @@ def read_gin_files(
   """Makes these files and bindings the whole of gin's configuration.
 
   Args:
-    files: paths, from the current folder or absolute.
+    files: paths, looked for as `find_gin_file` says.
     bindings: lines of gin, "NAME = value".
     needs_all: whether a required macro without a value is an error.
 
@@ -131,11 +140,13 @@ def read_gin_files(
   import bpd_jax.configurables  # noqa: F401  What files can name.
 
   gin.clear_config()
-  for file in files:
-    if not os.path.isfile(file):
-      raise InputError("gin_file", file, "a file that exists")
-    with _as_input_error(file):
-      gin.parse_config_file(file)
+  with _includes_found():
+    for file in files:
+      path = find_gin_file(file)
+      if path is None:
+        raise InputError("gin_file", file, "a file that exists, here or with the package")
+      with _as_input_error(file):
+        gin.config.parse_config_file(str(path))
   known = _macros()
   for binding in bindings:
     name, _, value = binding.partition(" = ")
@@ -154,6 +165,55 @@ def read_gin_files(
     for name in re.findall(r"%(\w+)(?![\w.])", _STRING.sub("", gin.config_str())):
       if name not in macros:
         raise InputError(f"gin macro {name}", "absent", "a value, from a file that sets it")
+
+
+def find_gin_file(file: str, including: Path | None = None) -> Path | None:
+  """Where a gin file lies: from the working directory, else with what names it.
+
+  Args:
+    file: a path. A relative one is looked for from the working directory, then from the
+      folders above the file that includes it, the nearest first, then where the package's
+      own `gin/…` lies.
+    including: the file that includes it; None for one that the command line names.
+
+  Returns:
+    Its absolute path; None where there is none.
+  """
+  above = () if including is None else including.parents
+  for folder in (Path(), *above, *GIN_ROOTS):
+    # An absolute path stays what it is.
+    path = folder / file
+    if path.is_file():
+      return path.absolute()
+  return None
+
+
+@contextlib.contextmanager
+def _includes_found() -> Iterator[None]:
+  """Has gin look for the files that a file includes as `find_gin_file` does.
+
+  Gin's own search paths stay for good, and before the second of them is tried, gin takes
+  the file for a Python package and logs that there is none.
+  """
+  import gin
+
+  parse, open_files = gin.config.parse_config_file, []
+
+  def parse_found(file: str, *options: Any) -> Any:
+    path = find_gin_file(file, open_files[-1] if open_files else None)
+    if path is None:
+      raise FileNotFoundError(f"there is no file {file!r}")
+    open_files.append(path)
+    try:
+      return parse(str(path), *options)
+    finally:
+      open_files.pop()
+
+  gin.config.parse_config_file = parse_found
+  try:
+    yield
+  finally:
+    gin.config.parse_config_file = parse
 
 
 @contextlib.contextmanager

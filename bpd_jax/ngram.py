@@ -15,7 +15,6 @@ import argparse
 from collections.abc import Iterator, Sequence
 import contextlib
 import dataclasses
-import json
 import os
 from pathlib import Path
 import sys
@@ -26,10 +25,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from rich import box
-from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn
 from rich.table import Table
 
+from bpd_jax.data.jsonl import json_lines, read_text
 from bpd_jax.data.token_cache import TokenCache
 from bpd_jax.errors import check_count, InputError
 from bpd_jax.launch import run
@@ -47,6 +46,7 @@ from bpd_jax.ngram_lm.counts import check_cutoffs, check_order, count_grams
 from bpd_jax.ngram_lm.pruning import check_pruning, prune_to_count, prune_to_threshold
 from bpd_jax.ngram_lm.smoothing import CUTOFFS, katz, kneser_ney
 from bpd_jax.prepare import read_vocabulary
+from bpd_jax.terminal import description_column, plain_console
 
 SMOOTHINGS = {"katz": katz, "kneser_ney": kneser_ney}
 SIDES = {"targets": (1,), "inputs": (0,), "both": (0, 1)}
@@ -232,9 +232,9 @@ def query(
   for column in columns if pieces else columns[:1] + columns[2:]:
     table.add_column(column, justify="left" if column == "piece" else "right")
   for token, score, order in zip(closed[1:], scores[1:], used[1:]):
-    piece = [pieces.piece(int(token)).replace("[", r"\[")] if pieces else []
+    piece = [pieces.piece(int(token))] if pieces else []
     table.add_row(str(token), *piece, f"{score:.4f}", f"{np.exp(score):.3g}", str(order))
-  console = Console()
+  console = plain_console()
   console.print(table)
   print(f"sum {scores[1:].sum():.4f}, perplexity {model.perplexity(closed):,.2f}")
 
@@ -292,7 +292,7 @@ def speed(
           f"{times.min() * 1e3:.3f}", f"{np.median(times) * 1e3:.3f}",
           f"{times.min() / num_scores * 1e9:.1f}",
       )
-  console = Console()
+  console = plain_console()
   console.width = max(console.width, 120)
   console.print(table)
 
@@ -354,29 +354,21 @@ def read_source(path: str, side: str, eos_id: int = 1) -> Source:
     sequences = [cache[i][part] for i in range(len(cache)) for part in SIDES[side]]
     identity = cache.vocab_size, cache.vocabulary, cache.fingerprint
     source = Source(path, cache.name, sequences, *identity)
-  else:
+  elif os.path.exists(path):
     source = Source(path, path, list(_json_tokens(path)))
+  else:
+    raise InputError("source", path, "a token cache, or a JSONL file in UTF-8")
   without_eos = [x[:-1] if len(x) and x[-1] == eos_id else x for x in source.sequences]
   return dataclasses.replace(source, sequences=without_eos)
 
 
 def _json_tokens(path: str) -> Iterator[np.ndarray]:
   """Token ids of every line."""
-  try:
-    with open(path, encoding="utf-8") as file:
-      for number, line in enumerate(file, start=1):
-        if not line.strip():
-          continue
-        try:
-          record = json.loads(line)
-        except ValueError as error:
-          raise InputError(f"{path}:{number}", line[:40], f"JSON ({error})") from error
-        tokens = record.get("tokens") if isinstance(record, dict) else None
-        if not isinstance(tokens, list) or not all(type(x) is int for x in tokens):
-          raise InputError(f"{path}:{number} tokens", str(tokens)[:40], "a list of token ids")
-        yield np.asarray(tokens, np.int64)
-  except (OSError, UnicodeDecodeError) as error:
-    raise InputError("source", path, "a token cache, or a JSONL file in UTF-8") from error
+  for number, record in json_lines(read_text(path, "source"), path):
+    tokens = record.get("tokens") if isinstance(record, dict) else None
+    if not isinstance(tokens, list) or not all(type(x) is int for x in tokens):
+      raise InputError(f"{path}:{number} tokens", str(tokens)[:40], "a list of token ids")
+    yield np.asarray(tokens, np.int64)
 
 
 def common_vocabulary(
@@ -440,8 +432,8 @@ def describe_pruning(prune_to: int | None, threshold: float | None) -> list[dict
 @contextlib.contextmanager
 def progress() -> Iterator[Say]:
   """A line on the terminal that says what is being done, and for how long already."""
-  columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
-  console = Console(stderr=True)
+  columns = SpinnerColumn(), description_column(), TimeElapsedColumn()
+  console = plain_console(stderr=True)
   with Progress(
       *columns, console=console, transient=True, disable=not console.is_terminal
   ) as shown:
@@ -461,7 +453,7 @@ def print_model(to: str, model: BackOff, source: str, started: float) -> None:
     table.add_row(str(n), f"{num:,}")
   total = sum(model.num_grams)
   table.add_row("all", f"{total:,}")
-  Console().print(table)
+  plain_console().print(table)
   print(
       f"{to}: {os.path.getsize(to) / 1e6:,.1f} MB from {source}, "
       f"{time.monotonic() - started:,.0f} s; on the device {num_bytes / 1e6:,.1f} MB, "
@@ -485,7 +477,7 @@ def print_perplexities(model: BackOff, tests: dict[str, np.ndarray]) -> None:
         path, f"{len(used):,}", f"{model.perplexity(tokens):,.2f}",
         *(f"{share:.1%}" for share in shares),
     )
-  console = Console()
+  console = plain_console()
   console.width = max(console.width, 120)
   console.print(table)
 

@@ -23,9 +23,9 @@ from typing import Any
 import gin
 import jax
 import jax.numpy as jnp
-from rich.console import Console
 from rich.table import Table
 
+from bpd_jax.environment import LIBTPU_WITHOUT_TPU
 from bpd_jax.errors import InputError
 from bpd_jax.evaluation.cost import call_cost
 from bpd_jax.launch import read_gin, run
@@ -33,18 +33,9 @@ from bpd_jax.model.config import ModelConfig
 from bpd_jax.model.model import abstract_params, decode_view, EncoderDecoder
 from bpd_jax.partitioning import make_partitioning, Partitioning
 from bpd_jax.programs import decode_batch, DecodeSettings, prefill, start_state
+from bpd_jax.terminal import plain_console
 from bpd_jax.training.optimizer import Optimizer
 from bpd_jax.training.step import Step
-
-# libtpu reads these when it is loaded. They keep it from looking for TPUs, and
-# let several processes on a machine compile at once.
-LIBTPU_ENVIRONMENT = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_WORKER_ID": "0",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +150,7 @@ def topology_devices(topology: str) -> tuple[Chip, Sequence[Any]]:
     )
   if importlib.util.find_spec("libtpu") is None:
     raise InputError("libtpu", "not installed", "pip install 'bpd_jax[plan-tpu]'")
-  for variable, value in LIBTPU_ENVIRONMENT.items():
+  for variable, value in LIBTPU_WITHOUT_TPU.items():
     os.environ.setdefault(variable, value)
   try:
     description = topologies.get_topology_desc(
@@ -378,7 +369,7 @@ def plan(
   partitioning.check_batch(batch_size)
   check_model(config, partitioning)
 
-  console = Console()
+  console = plain_console()
   shape = ", ".join(f"{axis} {size}" for axis, size in partitioning.mesh.shape.items())
   console.print(
       f"{topology}, mesh {shape}; batch {batch_size}, {input_length} in, {output_length} out, "

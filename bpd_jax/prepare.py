@@ -23,7 +23,6 @@ from typing import Any, TYPE_CHECKING
 
 import jax
 from rich import box
-from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -31,6 +30,7 @@ from bpd_jax.data.rows import MAX_INPUT_TOKENS, MAX_TARGET_TOKENS, VOCABULARY_FI
 from bpd_jax.errors import check_count, InputError
 from bpd_jax.folders import new_file
 from bpd_jax.launch import run
+from bpd_jax.terminal import description_column, plain_console
 from bpd_jax.vocabulary import (
   BYTES_FILE,
   ByteVocabulary,
@@ -160,7 +160,7 @@ def print_examples(task: str, split: str, num_examples: int, **options: Any) -> 
   """Prints examples; see `random_examples`."""
   examples = random_examples(task, split, num_examples, **options)
   for inputs, targets, prompt, reference in examples:
-    Console().rule(f"{task}.{split}: {len(inputs)} → {len(targets)} tokens")
+    plain_console().rule(f"{task}.{split}: {len(inputs)} → {len(targets)} tokens")
     print(f"{prompt}\n--->\n{reference}")
 
 
@@ -201,7 +201,7 @@ def print_tasks(data_dir: str | None = None, **corpus: Any) -> None:
   import_quietly()
   from bpd_jax.data import seqio_tasks
 
-  console = Console()
+  console = plain_console()
   console.width = max(console.width, TABLE_WIDTH)
   table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
   for column in ("task", "splits", "what it is", "data"):
@@ -294,11 +294,11 @@ def _write(folder: Path, request: "Request", vocabulary: Vocabulary) -> None:
   from bpd_jax.data.seqio_cache import write_task
 
   started = time.monotonic()
-  columns = (SpinnerColumn(), TextColumn("{task.description}"),
+  columns = (SpinnerColumn(), description_column(),
              TextColumn("{task.completed:,.0f} examples"), TimeElapsedColumn())
 
   def track(examples):
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    with Progress(*columns, console=plain_console(stderr=True), transient=True) as progress:
       yield from progress.track(examples, description=folder.name)
 
   written, too_long = write_task(folder, request, vocabulary, track)

@@ -18,7 +18,6 @@ from typing import Any
 import gin
 import jax
 import numpy as np
-from rich.console import Console
 
 from bpd_jax.checkpoints import describe, load_config, save_model, start_from
 from bpd_jax.data.batches import Batches, Dataset, shares
@@ -30,6 +29,7 @@ from bpd_jax.data.datasets import (
     task_label,
     TextTask,
 )
+from bpd_jax.data.rows import shipped_vocabulary
 from bpd_jax.distillation import distil
 from bpd_jax.environment import describe_device, git_revision, versions
 from bpd_jax.errors import check_count, InputError
@@ -40,6 +40,7 @@ from bpd_jax.launch import print_error, read_gin, run
 from bpd_jax.model.config import ModelConfig
 from bpd_jax.model.model import init_params
 from bpd_jax.partitioning import Partitioning, single_device
+from bpd_jax.terminal import plain_console
 from bpd_jax.training.loop import claim_run, open_run, Schedule, train_steps, TrainingError
 from bpd_jax.training.loss import Loss
 from bpd_jax.training.metrics import Display
@@ -168,8 +169,8 @@ def train(
       "vocabulary": words.fingerprint,
       "tasks": [fingerprints[task] for task in tasks],
   }
-  console = Console()
-  say = lambda text: console.print(text, highlight=False, soft_wrap=True)
+  console = plain_console()
+  say = lambda text: console.print(text, soft_wrap=True)
 
   @functools.cache
   def initial_params() -> Any:
@@ -263,6 +264,7 @@ def run_vocabulary(
   own = None if checkpoint is None else vocabulary_path(checkpoint)
   if path is None and own is None:
     raise InputError("train.vocabulary", None, "a vocabulary file")
+  path = path and shipped_vocabulary(path)
   words = open_vocabulary(path or own, vocab_size)
   if own is not None:
     expected = open_vocabulary(own, vocab_size).fingerprint

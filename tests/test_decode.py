@@ -128,21 +128,51 @@ def test_colours_on_a_terminal():
 def test_prompts_come_from_a_file_or_standard_input(tmp_path, monkeypatch):
   lines = tmp_path / "prompts.txt"
   lines.write_text("one\n\n  two ü\nthree", encoding="utf-8")
-  assert read_prompts([], str(lines), None) == ["one", "  two ü", "three"]
+  prompts = lambda file, field: [*read_prompts([], file, field).values()]
+  assert read_prompts([], str(lines), None) == {
+      f"{lines}:1": "one", f"{lines}:3": "  two ü", f"{lines}:4": "three"
+  }
   monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("four\nfünf\n".encode())))
-  assert read_prompts([], None, None) == ["four", "fünf"]
+  assert read_prompts([], None, None) == {
+      "standard input:1": "four", "standard input:2": "fünf"
+  }
   objects = tmp_path / "prompts.jsonl"
   objects.write_text(json.dumps({"q": "two\nlines"}) + "\n\n" + json.dumps({"q": "x"}) + "\n")
-  assert read_prompts([], str(objects), "q") == ["two\nlines", "x"]
+  assert prompts(str(objects), "q") == ["two\nlines", "x"]
   monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b'{"q": "y"}')))
-  assert read_prompts([], None, "q") == ["y"]
-  assert read_prompts(["a", "b"], None, None) == ["a", "b"]
+  assert prompts(None, "q") == ["y"]
+  assert read_prompts(["a", "b"], None, None) == {"prompts[0]": "a", "prompts[1]": "b"}
+
+
+# As people paste them: none of these ends a line.
+INSIDE = ["one\u2028still one", "two\x0cstill two", "three\x85still three", "a\x0b\x1c\u2029b"]
+
+
+@pytest.mark.parametrize("ending", ["\n", "\r\n", "\n\n"])
+def test_only_a_line_feed_ends_a_prompt(folder, tmp_path, monkeypatch, capsys, ending):
+  data = "".join(text + ending for text in INSIDE).encode()
+  path = tmp_path / "prompts.txt"
+  path.write_bytes(data)
+  objects = tmp_path / "prompts.jsonl"
+  objects.write_text(
+      "".join(json.dumps({"q": text}, ensure_ascii=False) + ending for text in INSIDE),
+      encoding="utf-8", newline="",
+  )
+  assert [*read_prompts([], str(path), None).values()] == INSIDE
+  monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+  assert [*read_prompts([], None, None).values()] == INSIDE
+  assert [*read_prompts([], str(objects), "q").values()] == INSIDE
+  if ending == "\n":
+    assert "# all 4: " in shown_by(capsys, folder, "--file", str(path))
 
 
 @pytest.mark.parametrize("content, prompts, field, message", [
-    (None, [], None, r"file = .*absent.*: allowed is a UTF-8 text file that exists"),
+    (None, [], None, r"file = .*absent.*: allowed is a UTF-8 text file \(No such file"),
     (b"\n \n", [], None, r"file = .*: allowed is at least one prompt"),
-    (b"\xff", [], None, r"file = .*: allowed is a UTF-8 text file"),
+    (b"a\nb\xffc\n", [], None, r"^\S*prompts\.txt:2 = b'\\xff': allowed is text in UTF-8"),
+    (b'{"q": "a"}\n{"q": "\xff"}', [], "q", r"^\S*prompts\.txt:2 = b'\\xff': allowed is text in"),
+    (b'\n{"q": "a \\ud83d b"}', [], "q",
+     r"^\S*prompts\.txt:2 q = 'a \\ud83d b': allowed is text in UTF-8, where '\\ud83d' is no"),
     (b"{}", [], "q", r"prompts\.txt:1 q = None: allowed is a text"),
     (b"\n", [], "q", r"file = .*: allowed is at least one row"),
     (b"x", ["y"], None, r"file = .*: allowed is no option beside prompts on the command line"),
@@ -164,9 +194,19 @@ def test_jsonl_without_a_field_is_not_decoded_as_text(tmp_path):
     read_prompts(["x"], None, "q")
 
 
+def test_a_prompt_of_a_file_is_named_by_its_line(folder, tmp_path):
+  path = tmp_path / "prompts.txt"
+  path.write_text("fine\n\n" + "x" * 2048 + "\n")
+  with pytest.raises(InputError, match=r"^\S*prompts\.txt:3 length = 2049: allowed is 1 … 2048"):
+    main(["--checkpoint", folder, "--file", str(path)])
+  with pytest.raises(InputError, match=r"^prompts\[1\] = 'caf\\ud83d': allowed is text in UTF-8"):
+    load(folder).generate(["fine", "caf\ud83d"])
+
+
 @pytest.mark.parametrize("options, message", [
     (["  "], "prompts[0] = '  ': allowed is a text that isn't empty"),
     (["fine", "x" * 2048], "prompts[1] length = 2049: allowed is 1 … 2048"),
+    (["fine", "caf\ud83d"], "argument 4 = 'caf\\ud83d': allowed is text in UTF-8"),
     (["x", "--block-size", "5"], "block_size = 5: allowed is 1 … 4, the model's heads"),
     (["x", "--verify-width", "5"], "verify_width = 5: allowed is 1 … 4"),
     (["x", "--max-length", "0"], "max_length = 0: allowed is a positive integer"),

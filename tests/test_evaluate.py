@@ -24,6 +24,7 @@ from bpd_jax.evaluate import evaluate, main
 from bpd_jax.evaluation.quality import edit_similarity, exact_match, rouge_l
 from bpd_jax.evaluation.run import describe_generation, measure_methods, Method
 from bpd_jax.evaluation.table import means_over_learned, print_results
+from bpd_jax.evaluation.tuning import Tuning
 from bpd_jax.generation import Call, Generation, load
 from bpd_jax.launch import read_gin_files, run
 from bpd_jax.model.config import ModelConfig
@@ -139,8 +140,16 @@ def test_jsonl_rows_and_their_errors(tmp_path):
   # JSON allows line separators inside texts.
   path.write_text('{"q": "a\u2028b"}\n')
   assert JsonlTask("qa", str(path), inputs="q").rows() == [{"inputs": "a\u2028b"}]
-  with pytest.raises(InputError, match="a UTF-8 text file"):
+  with pytest.raises(InputError, match=r"qa path = .*absent': allowed is a UTF-8 text file \(No"):
     JsonlTask("qa", str(tmp_path / "absent")).rows()
+  path.write_bytes(b'{"q": "a"}\n{"q": "\xe9"}\n')
+  with pytest.raises(InputError, match=r"some\.jsonl:2 = b'\\xe9': allowed is text in UTF-8"):
+    JsonlTask("qa", str(path), inputs="q").rows()
+  # Half of a character, in a field that is read. The pair is one.
+  path.write_text(r'{"q": "\ud83d\ude00", "a": "x"}' + "\n" + r'{"q": "c", "a": "\ude00"}' + "\n")
+  assert JsonlTask("qa", str(path), inputs="q").rows()[0] == {"inputs": "\U0001f600"}
+  with pytest.raises(InputError, match=r"some\.jsonl:2 a = '\\ude00': allowed is text in UTF-8"):
+    task.rows()
 
 
 @pytest.mark.parametrize(
@@ -165,8 +174,9 @@ KEYS = {
     "max_decode_length", "repeats", "tasks", "means_over_learned_tasks",
 }
 TASK_KEYS = {
-    "split", "examples", "tuning_examples", "rows_fingerprint", "learned", "main_metric", "quality",
-    "quality_interval", "quality_floors", "repetition", "unfinished_rows", "methods",
+    "split", "examples", "cut_rows", "left_out_rows", "tuning_examples", "rows_fingerprint",
+    "learned", "main_metric", "quality", "quality_interval", "quality_floors", "repetition",
+    "unfinished_rows", "methods",
 }
 METHOD_KEYS = {
     "block_size", "verify_width", "nodes", "tokens", "decoder_calls", "block_efficiency",
@@ -344,15 +354,95 @@ def test_missing_checkpoint_leaves_no_output(rows_file, tmp_path):
   assert os.listdir(tmp_path / "new") == []
 
 
-def test_bad_row_of_the_last_task_is_named_before_any_decoding(model_folder, rows_file, tmp_path):
+@pytest.mark.parametrize("line, message", [
+    ('{"inputs": "  "}', r" = '  ': allowed is a text that isn't empty"),
+    (json.dumps({"inputs": "x" * 2048}), " length = 2049: allowed is 1 … 2048"),
+    (r'{"inputs": "caf\ud83d bar"}', r" inputs = 'caf\\ud83d bar': allowed is text in UTF-8"),
+])
+def test_bad_row_of_the_last_task_is_named_before_any_decoding(
+    model_folder, rows_file, tmp_path, line, message
+):
   bad = tmp_path / "bad.jsonl"
-  bad.write_text('{"inputs": "fine"}\n{"inputs": "  "}\n')
+  bad.write_text('{"inputs": "fine"}\n\n' + line + "\n")
   before = num_compilations()
-  with pytest.raises(InputError, match=r"^last prompts\[1\] = '  ': allowed is a text that isn't"):
+  with pytest.raises(InputError, match=rf"^{bad}:3{message}"):
     evaluate(str(model_folder), [JsonlTask("rows", str(rows_file)), JsonlTask("last", str(bad))],
              [], str(tmp_path / "out"), max_decode_length=19)
   assert num_compilations() == before
   assert os.listdir(tmp_path) == ["bad.jsonl"]
+
+
+UNFIT = ["", "x" * 3000, "  \n"]
+
+
+@pytest.fixture(scope="module")
+def unfit_file(tmp_path_factory):
+  """Rows that fit, with others among them."""
+  path = tmp_path_factory.mktemp("rows") / "unfit.jsonl"
+  texts = [UNFIT[0], *TEXTS[:2], UNFIT[1], *TEXTS[2:], UNFIT[2]]
+  path.write_text("".join(json.dumps({"inputs": text}) + "\n" for text in texts))
+  return path
+
+
+def outputs_of(folder):
+  return [json.loads(x) for x in (folder / "rows.greedy.jsonl").read_text().splitlines()]
+
+
+def test_rows_that_do_not_fit_are_left_out_where_asked(
+    evaluated, model_folder, unfit_file, tmp_path, capsys
+):
+  # Nor are brackets in a path what rich takes them for.
+  output = tmp_path / "ev[x]" / "[" / "b]"
+  results = evaluate(
+      str(model_folder), [JsonlTask("rows", str(unfit_file))], [Method("blockwise")], str(output),
+      max_decode_length=20, batch_size=3, repeats=1, unfit_rows="leave_out",
+  )
+  whole, folder = evaluated
+  task = results["tasks"]["rows"]
+  assert (task["examples"], task["cut_rows"], task["left_out_rows"]) == (len(TEXTS), 0, 3)
+  assert results["rows_fingerprint"] == whole["rows_fingerprint"] == task["rows_fingerprint"]
+  assert outputs_of(output) == outputs_of(folder)
+  lines = capsys.readouterr().out.splitlines()
+  assert lines[0] == "rows: 3 rows left out" and lines[-1] == f"written to {output}"
+
+
+def test_inputs_that_are_too_long_are_cut_where_asked(
+    model_folder, unfit_file, tmp_path, capsys
+):
+  results = evaluate(
+      str(model_folder), [JsonlTask("rows", str(unfit_file))], [], str(tmp_path / "out"),
+      max_decode_length=4, batch_size=2, repeats=1, unfit_rows="cut", tuning=Tuning(num_rows=2),
+  )
+  task = results["tasks"]["rows"]
+  assert "rows: 1 row cut to 2,048 tokens, 2 rows left out\n" in capsys.readouterr().out
+  assert (task["cut_rows"], task["left_out_rows"]) == (1, 2)
+  # The rows to tune on are chosen first, so that they are the same for every model.
+  texts = [row["inputs"] for row in JsonlTask("rows", str(unfit_file)).rows()]
+  to_tune, to_report = Tuning(num_rows=2).split("rows", texts)
+  fitting = lambda part: [texts[i] for i in part if texts[i].strip()]
+  assert task["tuning_examples"] == len(fitting(to_tune))
+  assert task["examples"] == len(fitting(to_report))
+  lines = outputs_of(tmp_path / "out")
+  assert [line["inputs"] for line in lines] == fitting(to_report) and UNFIT[1] in fitting(to_report)
+  model = load(model_folder)
+  prompts = [
+      [*model.vocabulary.encode(text)[:2047], 1] for text in fitting(to_report)
+  ]
+  greedy = model.generate(prompts, "greedy", max_length=4, batch_size=2)
+  assert [line["tokens"] for line in lines] == [row.tolist() for row in greedy.tokens]
+
+
+@pytest.mark.parametrize("texts, options, message", [
+    (UNFIT, {"unfit_rows": "leave_out"}, "^rows rows to report = 'none that fits': allowed is at"),
+    (TEXTS, {"unfit_rows": "drop"}, "^unfit_rows = 'drop': allowed is one of"),
+])
+def test_where_no_row_is_left_nothing_is(model_folder, tmp_path, texts, options, message):
+  path = tmp_path / "rows.jsonl"
+  path.write_text("".join(json.dumps({"inputs": text}) + "\n" for text in texts))
+  with pytest.raises(InputError, match=message):
+    evaluate(str(model_folder), [JsonlTask("rows", str(path))], [], str(tmp_path / "out"),
+             **options)
+  assert os.listdir(tmp_path) == ["rows.jsonl"]
 
 
 @pytest.mark.parametrize("make, message", [

@@ -1,8 +1,13 @@
 """Gin files and the command line that reads them."""
 
 import importlib
+import os
 from pathlib import Path
 import re
+import shutil
+import subprocess
+import sys
+import zipfile
 
 import gin
 import jax
@@ -58,6 +63,97 @@ def test_every_gin_file_parses_and_says_only_what_its_folder_is_for(path, monkey
     # Whoever runs it says where, and is told so.
     with pytest.raises(InputError, match="= 'required': allowed is a value: --gin"):
       read_gin_files([path])
+
+
+FROM_ELSEWHERE = """
+import sys
+from bpd_jax import launch, train
+import gin
+for file in sys.argv[1:]:
+  launch.read_gin_files([file], ["WORKDIR = 'nowhere'", "STEPS = 10"])
+  config = gin.get_configurable("ModelConfig")()
+  words, path = train.run_vocabulary(
+      gin.query_parameter("VOCABULARY/gin.macro.value"), None, config.vocab_size)
+  print(launch.PACKAGE, words.size, path)
+"""
+
+
+def check_from(folder, package_root, files):
+  """From a folder, each gin file is found, and the vocabulary that it names, in a package."""
+  done = subprocess.run(
+      [sys.executable, "-c", FROM_ELSEWHERE, *files], cwd=folder, check=False, text=True,
+      env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(package_root)},
+      capture_output=True,
+  )
+  package = f"{package_root}/bpd_jax"
+  found = [package, "4096", f"{package}/data/files/docstrings.model"]
+  assert not done.stderr, done.stderr
+  assert [line.split() for line in done.stdout.splitlines()] == [found] * len(files)
+
+
+def test_gin_files_of_the_package_are_found_from_another_folder(tmp_path):
+  file = "gin/runs/train_tiny.gin"
+  check_from(tmp_path, ROOT, [file, str(ROOT / file)])
+
+
+def test_gin_files_are_in_a_wheel_and_found_there(tmp_path):
+  for name in ("bpd_jax", "gin"):
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / name, tmp_path / "source" / name, ignore=ignored)
+  for name in ("setup.py", "README.md"):
+    shutil.copy(ROOT / name, tmp_path / "source")
+  subprocess.run(
+      [sys.executable, "setup.py", "-q", "bdist_wheel", "--dist-dir", str(tmp_path)],
+      cwd=tmp_path / "source", check=True, capture_output=True,
+  )
+  [wheel] = tmp_path.glob("*.whl")
+  with zipfile.ZipFile(wheel) as archive:
+    archive.extractall(tmp_path / "site")
+  mine, shipped = ROOT / "gin", tmp_path / "site/bpd_jax/gin_files/gin"
+  names = {path.relative_to(mine): path.read_bytes() for path in mine.rglob("*.gin")}
+  assert names == {
+      path.relative_to(shipped): path.read_bytes() for path in shipped.rglob("*.*")
+  }
+  # Another `gin` beside the package would hide gin-config.
+  assert not (tmp_path / "site/gin").exists()
+  shutil.rmtree(tmp_path / "source")
+  (tmp_path / "away").mkdir()
+  (tmp_path / "away/mine.gin").write_text("include 'gin/runs/train_tiny.gin'\n")
+  check_from(tmp_path / "away", tmp_path / "site", ["gin/runs/train_tiny.gin", "mine.gin"])
+
+
+def test_an_include_is_looked_for_from_here_then_above_its_file_then_with_the_package(
+    tmp_path, monkeypatch
+):
+  def write(path, text):
+    (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / path).write_text(text)
+
+  def block_size(file):
+    read_gin_files([file])
+    return gin.query_parameter("BLOCK_SIZE/gin.macro.value")
+
+  write("project/runs/deep/run.gin", "include 'gin/models/tiny.gin'\ninclude 'more.gin'\n")
+  write("project/runs/more.gin", "include 'sizes/last.gin'\n")
+  write("project/runs/sizes/last.gin", "VOCAB_SIZE = 640\n")
+  (tmp_path / "here").mkdir()
+  monkeypatch.chdir(tmp_path / "here")
+  run_file = str(tmp_path / "project/runs/deep/run.gin")
+  own = int(macros_of("gin/models/tiny.gin")["BLOCK_SIZE"])
+  assert block_size(run_file) == own
+  assert gin.query_parameter("VOCAB_SIZE/gin.macro.value") == 640
+  # The file of a project comes before the package's, and the nearer before the farther.
+  for folder, size in (("project", 5), ("project/runs", 6), ("here", 7)):
+    write(f"{folder}/gin/models/tiny.gin", f"BLOCK_SIZE = {size}\n")
+    assert block_size(run_file) == size != own
+  assert block_size("gin/models/tiny.gin") == 7
+  assert block_size(TINY) == own
+  write("project/bad.gin", "include 'absent.gin'\n")
+  with pytest.raises(InputError, match=r"there is no file 'absent.gin' In file .*bad\.gin"):
+    read_gin_files([str(tmp_path / "project/bad.gin")])
+  # What another reads with gin isn't changed for good.
+  with pytest.raises(OSError, match="Unable to open file"):
+    gin.config.parse_config_file(str(tmp_path / "absent.gin"))
 
 
 def macros_of(path):
@@ -196,6 +292,30 @@ def test_file_that_is_not_gin(tmp_path):
   (tmp_path / "bad.gin").write_text("ModelConfig.d_ff = = 3\n")
   with pytest.raises(InputError, match=r"gin = '.*bad\.gin': allowed is what gin understands"):
     read_gin_files([str(tmp_path / "bad.gin")])
+
+
+def test_arguments_that_are_not_utf8_are_refused(capsys):
+  main = lambda argv: pytest.fail("not reached")
+  with pytest.raises(SystemExit) as ended:
+    launch.run(main, ["--file", os.fsdecode(b"caf\xe9.txt")])
+  assert ended.value.code == 2
+  assert capsys.readouterr().err == (
+      "error: argument 2 = 'caf\\udce9.txt': allowed is text in UTF-8, where '\\udce9' is no "
+      "character\n"
+  )
+
+
+def test_a_command_says_one_line_where_libtpu_is_installed_without_a_tpu(tmp_path):
+  pytest.importorskip("libtpu")
+  arguments = ["-m", "bpd_jax.export", "--from", os.fsencode("caf\xe9"), "--to", "nowhere"]
+  # A device is asked for before the folder is looked at.
+  environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
+  done = subprocess.run(
+      [sys.executable, *arguments], cwd=tmp_path, env=environment | {"PYTHONPATH": str(ROOT)},
+      capture_output=True, text=True, check=False,
+  )
+  assert done.returncode == 2 and not done.stdout
+  assert done.stderr == "error: model folder = 'café': allowed is a folder that exists\n"
 
 
 def test_status_of_main_is_the_exit_status():

@@ -151,6 +151,38 @@ def test_text_is_ids_without_ends(folder, capsys):
   ]
 
 
+def test_every_command_takes_a_model_whose_top_orders_are_empty(tmp_path, capsys):
+  # No sequence is as long as the orders that are asked for.
+  rows = tmp_path / "rows.jsonl"
+  rows.write_text('{"tokens": [2]}\n{"tokens": [3]}\n')
+  options = ["--vocab-size", "8"]
+  ngram.main(["train", str(rows), "--to", str(tmp_path / "own.arpa"), "--order", "5", *options,
+              "--test", str(rows)])
+  trained = read_arpa(tmp_path / "own.arpa")
+  assert trained.order == 2 and "by 2-grams" in capsys.readouterr().out
+  assert json.loads((tmp_path / "own.json").read_text())["order"] == 2
+  # The same as another tool would write it.
+  text = (tmp_path / "own.arpa").read_text()
+  text = text.replace("\n\n\\1-", "\nngram 3=0\n\n\\1-").replace("\\end", "\\3-grams:\n\n\\end")
+  path = str(tmp_path / "other.arpa")
+  Path(path).write_text(text)
+  tokens = join_sequences([np.asarray([2]), np.asarray([3])], 8)
+  wanted = f"{trained.perplexity(tokens):,.2f}"
+  ngram.main(["perplexity", path, str(rows), *options])
+  out = capsys.readouterr().out
+  assert wanted in out and "by 2-grams" in out and "by 3-grams" not in out
+  ngram.main(["query", path, "2", *options])
+  lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.strip()]
+  score = trained.score(join_sequences([np.asarray([2])], 8))[0][1]
+  assert lines[2] == ["2", f"{score:.4f}", f"{math.exp(score):.3g}", "2"]
+  ngram.main(["prune", path, "--to", str(tmp_path / "less.arpa"), "--threshold", "0", *options])
+  assert read_arpa(tmp_path / "less.arpa").num_grams == trained.num_grams
+  capsys.readouterr()
+  ngram.main(["speed", path, str(rows), "--batches", "1", "--repeats", "1", *options])
+  rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.strip()][2:]
+  assert [row[0] for row in rows] == ["1", "2"]
+
+
 @pytest.mark.parametrize("arguments, message", [
     ("train {}/absent --to {}/new.arpa", "^source = '.*absent': allowed is a token cache, or"),
     ("train {}/vocabulary --to {}/new.arpa", "^file = .*cache.json"),

@@ -103,6 +103,41 @@ def test_a_file_of_other_tools_is_read(tmp_path):
   assert (model.start_id, model.eos_id) == (5, 2)
 
 
+@pytest.mark.parametrize("is_zipped", [False, True])
+@pytest.mark.parametrize("empty, order", [((3,), 2), ((3, 4), 2), ((2, 3), 1), ((1, 2), 1)])
+def test_an_empty_top_order_is_no_order(tmp_path, empty, order, is_zipped):
+  # Orders below have weights then, which lead nowhere.
+  text = SMALL.replace("-0.1\t<s> 4", "-0.1\t<s> 4\t-0.5")
+  for n in empty:
+    if n > 2:
+      text = text.replace("\n\n\\1-", f"\nngram {n}=0\n\n\\1-")
+      text = text.replace("\\end", f"\\{n}-grams:\n\n\\end")
+    else:
+      before, header, after = text.partition(f"\\{n}-grams:\n")
+      text = before + header + "\n" + after.partition("\n\n")[2]
+      text = text.replace(f"ngram {n}={5 if n == 1 else 3}", f"ngram {n}=0")
+  path = tmp_path / "lm.arpa"
+  path.write_bytes(gzip.compress(text.encode()) if is_zipped else text.encode())
+  model = arpa.read_arpa(path, 6)
+  assert model.order == order == len(model.log_probs) == len(model.back_offs)
+  assert not model.back_offs[-1].any()
+  tokens = join_sequences([[4, 3, 4], [4], [3, 5]], 6)
+  scores, used = model.score(tokens)
+  slow = reference.Dictionary(model)
+  for end in range(len(tokens)):
+    if tokens[end] == 0:
+      continue
+    start = max(i for i in range(end) if tokens[i] == 0)
+    probs = slow.probs(tuple(tokens[start:end].tolist()))
+    assert scores[end] == pytest.approx(math.log(probs[tokens[end]]))
+  assert used[tokens != 0].max() == order
+  np.testing.assert_allclose(device_scores(model, tokens), scores[tokens != 0], rtol=1e-5)
+  # Written, it is a file that every tool reads.
+  arpa.write_arpa(tmp_path / "again.arpa", model, {})
+  assert f"ngram {order + 1}=" not in (tmp_path / "again.arpa").read_text()
+  assert arpa.read_arpa(tmp_path / "again.arpa").order == order
+
+
 @pytest.mark.parametrize("old, new, line, message", [
     ("-0.2\t4 3", "-0.2\t4", 14, r"'-0.2\\t4': allowed is a log10 probability, 2 words"),
     ("-0.2\t4 3", "-0.2\t4 3\t-1", 14, "allowed is a log10 probability, 2 words$"),

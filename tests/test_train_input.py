@@ -11,6 +11,7 @@ from train_runs import (
   error_of,
 )
 
+from bpd_jax import launch, train
 from bpd_jax.data.token_cache import write_cache
 from bpd_jax.errors import InputError
 from bpd_jax.train import run_vocabulary
@@ -95,7 +96,10 @@ def test_a_file_of_tasks_that_was_left_out(rows, tmp_path, capsys):
     (text('{"inputs": "a"}\n'), "{path}:2 targets = None: allowed is a text"),
     (text('{"inputs": 1, "targets": "b"}\n'), "{path}:2 inputs = 1: allowed is a text"),
     (lambda path: path.write_text("\n"), "file = '{path}': allowed is at least one row"),
-    (lambda path: path.write_bytes(b"\xff"), "JsonlTask rows path = '{path}': allowed is a UTF-8"),
+    (text(r'{"inputs": "caf\ud83d bar", "targets": "x"}'),
+     r"{path}:2 inputs = 'caf\\ud83d bar': allowed is text in UTF-8, where '\\ud83d' is no"),
+    (text(r'{"inputs": "a", "targets": "\udc00"}'), "{path}:2 targets = .* text in UTF-8"),
+    (lambda path: path.write_bytes(b"{}\n\xff"), r"{path}:2 = b'\\xff': allowed is text in UTF-8"),
     (lambda path: path.unlink(), "JsonlTask rows path = '{path}': allowed is a file that can be"),
 ])
 def test_bad_rows_are_named_by_file_and_line(rows, tmp_path, capsys, which, write, message):
@@ -106,6 +110,15 @@ def test_bad_rows_are_named_by_file_and_line(rows, tmp_path, capsys, which, writ
   assert re.match(message.replace("{path}", re.escape(str(path))), error_of(argv, capsys))
   # So that the corrected file can be trained on in the same folder.
   assert not (tmp_path / "run").exists()
+
+
+def test_a_runs_folder_is_printed_as_it_is(rows, tmp_path, capsys):
+  shutil.copytree(rows, tmp_path / "rows")
+  (tmp_path / "rows/train.jsonl").write_text("{}")
+  workdir = tmp_path / ":smile:"
+  with pytest.raises(SystemExit):
+    launch.run(train.main, joint(tmp_path / "rows", workdir))
+  assert capsys.readouterr().out.startswith(f"new run in {workdir}; ")
 
 
 def test_nothing_is_compiled_for_bad_input(rows, tmp_path, capsys):

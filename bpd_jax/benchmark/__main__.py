@@ -7,8 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 
 from bpd_jax.benchmark.decode import BLOCK_SIZE, measure, Options, print_report
 from bpd_jax.benchmark.engines import describe_machine, pin_cores, TABLE_WIDTH
@@ -21,6 +20,7 @@ from bpd_jax.benchmark.train import measure_training, print_training_report, Tra
 from bpd_jax.errors import InputError
 from bpd_jax.launch import run
 from bpd_jax.model.config import ModelConfig
+from bpd_jax.terminal import description_column, plain_console
 
 HELP = {
     "beam_width": "prefixes of a beam, for orders above 2",
@@ -76,15 +76,13 @@ def main(argv: Sequence[str]) -> None:
   if command == "rescoring":
     config = config.replace(block_size=options.depth + 1)
   machine = describe_machine(options.threads)
-  console = Console()
+  console = plain_console()
   console.width = max(console.width, TABLE_WIDTH)
   console.print(
       f"{machine['processor']}, {options.threads} threads; {config.dtype}; "
       + ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
   )
-  columns = (
-      TextColumn("{task.description:28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-  )
+  columns = description_column(28), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
   with Progress(*columns, console=console, transient=True) as progress:
     if command == "decode":
       figures = {"batches": measure(config, options, progress, console.print)}

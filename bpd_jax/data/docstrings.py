@@ -22,8 +22,6 @@ import sys
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 from bpd_jax.data import cleaning, rows
@@ -41,6 +39,7 @@ from bpd_jax.data.manifest import (
 from bpd_jax.data.sources import LICENCES, Source, SOURCES, SPLITS
 from bpd_jax.errors import InputError
 from bpd_jax.launch import run
+from bpd_jax.terminal import plain_console, track
 from bpd_jax.vocabulary import NUM_SENTINELS, SentencePieceVocabulary
 
 # With T5's sentinels after the pieces, a model's vocabulary is 4,096.
@@ -198,7 +197,7 @@ def _track(distributions: Sequence[Any]) -> Iterator[Any]:
   was_enabled = gc.isenabled()
   gc.disable()
   try:
-    yield from track(distributions, "reading sources", console=Console(stderr=True))
+    yield from track(distributions, "reading sources", plain_console(stderr=True))
   finally:
     if was_enabled:
       gc.enable()
@@ -264,7 +263,7 @@ def write_shipped(corpus: Corpus, folder: Path) -> None:
 
 
 def _print_statistics(corpus: Corpus) -> None:
-  console = Console(width=None if sys.stdout.isatty() else 120)
+  console = plain_console(width=None if sys.stdout.isatty() else 120)
   table = Table("step", *SPLITS, title="records")
   for step, counts in corpus.steps.items():
     table.add_row(step, *(f"{counts[split]:,}" for split in SPLITS))
@@ -313,7 +312,7 @@ def _print_tasks(corpus: Corpus) -> None:
       seen = "" if split == "train" else f"{len(targets & train_targets) / len(targets):.1%}"
       table.add_row(task, split, f"{len(found):,}", *lengths, seen)
   # As wide as it needs where the output isn't a terminal.
-  Console(width=None if sys.stdout.isatty() else 120).print(table)
+  plain_console(width=None if sys.stdout.isatty() else 120).print(table)
 
 
 def _print_examples(task: str, split: str, num_examples: int) -> None:
@@ -325,7 +324,7 @@ def _print_examples(task: str, split: str, num_examples: int) -> None:
   else:
     found = rows.task_rows(task, build().records[split])
   for row in found[:: max(1, len(found) // num_examples)][:num_examples]:
-    Console().rule(row.get("source", ""))
+    plain_console().rule(row.get("source", ""))
     print(f"{row['inputs']}\n--->\n{row['targets']}")
 
 

@@ -82,6 +82,20 @@ class RowsTask:
     """Reads the rows; see `load_rows`."""
     return load_rows(self.name, self.split)[: self.max_examples]
 
+  def placed_rows(self) -> dict[str, Row]:
+    """Rows by where each stands, as in "grammar.test:1"."""
+    return {
+        f"{self.name}.{self.split}:{number}": row
+        for number, row in enumerate(self.rows(), start=1)
+    }
+
+
+def shipped_vocabulary(path: str) -> str:
+  """A vocabulary's path; that of the shipped one by its place in a checkout, found anywhere."""
+  package = FILES.parents[1]
+  is_shipped = path == VOCABULARY_FILE.relative_to(package.parent).as_posix()
+  return str(VOCABULARY_FILE) if is_shipped and not Path(path).exists() else path
+
 
 def check_shipped(task: str, split: str) -> None:
   """Raises InputError where the package has no rows of a task or split."""

@@ -8,6 +8,7 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 FLOOR_NAMES = {"another_reference": "another reference", "input_start": "input's start"}
 
@@ -71,9 +72,9 @@ def results_table(results: dict[str, Any]) -> Table:
   return table
 
 
-def _describe_task(name: str, task: dict[str, Any]) -> Iterator[str]:
+def _describe_task(name: str, task: dict[str, Any]) -> Iterator[str | Text]:
   """Lines of a task's cell."""
-  yield f"[bold]{name}[/]"
+  yield Text(name, "bold")
   yield f"{task['examples']} rows of {task['split']}"
   looping = f"{task['repetition']['looping_rows']:.0%} loop"
   if task["quality"] is None:
@@ -85,7 +86,7 @@ def _describe_task(name: str, task: dict[str, Any]) -> Iterator[str]:
   for floor, value in task["quality_floors"].items():
     yield f"  {FLOOR_NAMES[floor]} {value:.3f}"
   yield f"{looping}, references {task['repetition']['reference_looping_rows']:.0%}"
-  yield "[green]learned[/]" if task["learned"] else "[red]*not learned*[/]"
+  yield Text("learned", "green") if task["learned"] else Text("*not learned*", "red")
 
 
 def _describe_method(name: str, entry: dict[str, Any]) -> Iterator[str]:

@@ -60,10 +60,6 @@ class Tuning:
     """See `split_rows`; every task is split alike."""
     return split_rows(inputs, self.num_rows)
 
-  def num_examples(self, task: str) -> int:
-    """Rows of the task on which weights are chosen."""
-    return self.num_rows
-
 
 @dataclasses.dataclass(frozen=True)
 class Tuned:
@@ -89,7 +85,7 @@ class Tuned:
     return self._tasks[name]
 
   def split(self, task: str, inputs: Sequence[str]) -> tuple[list[int], list[int]]:
-    """Numbers of the rows that it didn't report, and of those that it did.
+    """Numbers of the rows to tune on, which are none, and of those that it reported.
 
     Raises:
       InputError: for a task without tuned weights, or where no row would be reported.
@@ -100,7 +96,7 @@ class Tuned:
     reported = [i for i, text in enumerate(inputs) if text in known]
     if not reported:
       raise InputError("Tuned.folder", self.folder, f"one that reports rows of {task} given here")
-    return sorted(set(range(len(inputs))) - set(reported)), reported
+    return [], reported
 
   def num_examples(self, task: str) -> int:
     """Rows of the task on which its weights were chosen."""

@@ -103,6 +103,9 @@ def gram_tokens(orders: Sequence[Grams], n: int, part: slice = slice(None)) -> n
 class BackOff:
   """A model: log P(w | h) of the n-grams it has, else back_off(h) + log P(w | shorter h).
 
+  An order at the top without n-grams is no order: it is dropped, and with it the weights
+  of the order below, which lead nowhere.
+
   Attributes:
     orders: tables, order 1 first.
     log_probs: [grams] float64 natural logs for each order.
@@ -116,6 +119,16 @@ class BackOff:
   back_offs: tuple[np.ndarray, ...]
   start_id: int = 0
   eos_id: int = 1
+
+  def __post_init__(self):
+    order = max((n for n, grams in enumerate(self.orders, start=1) if len(grams)), default=1)
+    if order < len(self.orders):
+      *weights, last = self.back_offs[:order]
+      for field, kept in (
+          ("orders", self.orders[:order]), ("log_probs", self.log_probs[:order]),
+          ("back_offs", (*weights, np.zeros_like(last))),
+      ):
+        object.__setattr__(self, field, tuple(kept))
 
   @property
   def order(self) -> int:
@@ -133,18 +146,16 @@ class BackOff:
     return [len(grams) for grams in self.orders]
 
   def only(self, keep: Sequence[np.ndarray]) -> "BackOff":
-    """The model with some n-grams only; orders that have none left at the top are dropped.
+    """The model with some n-grams only.
 
     Args:
       keep: [grams] bool for each order. Order 1 stays whole, and a kept n-gram's
         context must be kept.
     """
-    order = max(n for n in range(1, self.order + 1) if keep[n - 1].any())
-    kept = lambda arrays: tuple(array[chosen] for array, chosen in zip(arrays, keep[:order]))
-    back_offs = kept(self.back_offs)
+    kept = lambda arrays: tuple(array[chosen] for array, chosen in zip(arrays, keep))
     return dataclasses.replace(
-        self, orders=_keep_grams(self.orders[:order], keep), log_probs=kept(self.log_probs),
-        back_offs=(*back_offs[:-1], np.zeros_like(back_offs[-1])),
+        self, orders=_keep_grams(self.orders, keep), log_probs=kept(self.log_probs),
+        back_offs=kept(self.back_offs),
     )
 
   def score(self, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

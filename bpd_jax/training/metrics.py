@@ -16,7 +16,6 @@ from rich.progress import (
   TextColumn,
   TimeElapsedColumn,
   TimeRemainingColumn,
-  track,
 )
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
@@ -24,6 +23,7 @@ from tensorboardX.summary import scalar
 
 from bpd_jax.errors import InputError
 from bpd_jax.folders import new_file
+from bpd_jax.terminal import description_column, plain_console, track
 
 JSONL_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
@@ -118,12 +118,12 @@ class Display:
   """
 
   def __init__(self, num_steps: int, console: Console | None = None):
-    self._console = console or Console()
+    self._console = console or plain_console()
     self._is_live = self._console.is_terminal
     self._progress = Progress(
         SpinnerColumn(), TextColumn("step"), MofNCompleteColumn(), BarColumn(),
         TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
-        TextColumn("{task.description}"), console=self._console, disable=not self._is_live,
+        description_column(), console=self._console, disable=not self._is_live,
     )
     self._task = self._progress.add_task("compiling", total=num_steps)
     self._num_steps = num_steps
@@ -153,14 +153,14 @@ class Display:
 
   def say(self, text: str) -> None:
     """Prints a line that stays."""
-    self._progress.console.print(text, highlight=False, soft_wrap=True)
+    self._progress.console.print(text, soft_wrap=True)
 
 
 def shown(items: Sequence[Any], description: str, console: Console | None = None) -> Iterator[Any]:
   """Items behind a progress bar on a terminal, else with a line now and then."""
-  console = console or Console()
+  console = console or plain_console()
   if console.is_terminal:
-    yield from track(items, description=description, console=console)
+    yield from track(items, description, console)
     return
   began = last = time.monotonic()
   for number, item in enumerate(items, start=1):
@@ -170,7 +170,7 @@ def shown(items: Sequence[Any], description: str, console: Console | None = None
       last, left = now, (now - began) / number * (len(items) - number)
       console.print(
           f"{description}  {number:,} of {len(items):,}  {_duration(left)} left",
-          highlight=False, soft_wrap=True,
+          soft_wrap=True,
       )
 
 
