@@ -7,7 +7,8 @@ Prints a table, and writes `results.json` and each method's outputs as JSONL;
 docs/reading_results.md says what the figures mean.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+import contextlib
 import dataclasses
 import importlib.util
 import itertools
@@ -46,7 +47,7 @@ from bpd_jax.folders import (
     resumable_folder,
     write_object,
 )
-from bpd_jax.generation import Generation, Generator, input_bucket, load
+from bpd_jax.generation import Generation, Generator, input_bucket, load, NotFinite
 from bpd_jax.launch import read_gin, run
 from bpd_jax.partitioning import Partitioning
 
@@ -85,14 +86,16 @@ def evaluate(
       say without it.
     has_report: whether to analyse drafts as well and write `analysis.json` and
       `report.html`; needs the extra `report`.
-    dtype: to compute in, instead of the checkpoint's.
+    dtype: to compute in, instead of the checkpoint's. Of bfloat16 and float16 the share of
+      rows that are greedy's is reported, and not promised.
     partitioning: where the model lives; one device by default.
 
   Returns:
     What `results.json` holds.
 
   Raises:
-    InputError: for a bad argument or row, before anything is compiled.
+    InputError: for a bad argument or row, before anything is compiled; for the first row in
+      which NaN or infinity would choose a token.
     SystemExit: with status 1 at the end where a method's tokens aren't
       greedy's and can't be near ties.
   """
@@ -130,11 +133,9 @@ def evaluate(
     found = {}
     with Progress(*columns, console=console) as progress:
       for task in tasks:
-        prompts = encoded[task.name]
-        tuning_rows, reported = chosen[task.name]
         found[task.name] = _evaluate_task(
-            folder, model, task, rows[task.name], [prompts[i] for i in reported],
-            [prompts[i] for i in tuning_rows], how, input_length, progress,
+            folder, model, task, rows[task.name], encoded[task.name], *chosen[task.name], how,
+            input_length, progress,
         )
     results = {
         **made_with,
@@ -185,10 +186,22 @@ def _task_file(task: Task) -> str:
 
 def _evaluate_task(
     folder: Path, model: Generator, task: Task, rows: Sequence[dict[str, str]],
-    prompts: Sequence[Sequence[int]], tuning_prompts: Sequence[Sequence[int]], how: _How,
-    input_length: int, progress: Progress,
+    prompts: Sequence[Sequence[int]], tuning_rows: Sequence[int], reported: Sequence[int],
+    how: _How, input_length: int, progress: Progress,
 ) -> dict[str, Any]:
   """Evaluates one task and writes its outputs, unless the folder has it already.
+
+  Args:
+    folder: where the outputs go.
+    model: what is evaluated.
+    task: the task.
+    rows: those that are reported.
+    prompts: of all of its rows.
+    tuning_rows: which of these weights are chosen on.
+    reported: which of these are reported.
+    how: see `_How`.
+    input_length: that recordings are padded to.
+    progress: gets bars.
 
   Returns:
     `results`, the entry of `results.json`; `analysis`, that of `analysis.json`, or None;
@@ -198,17 +211,20 @@ def _evaluate_task(
   if path.exists():
     progress.console.print(f"{task.name}: evaluated before it was cut off", highlight=False)
     return read_object(path)
-  scoring, tuned = _choose_weights(
-      model, task.name, tuning_prompts, how, input_length, progress
-  )
+  with _naming_rows(task.name, tuning_rows):
+    scoring, tuned = _choose_weights(
+        model, task.name, [prompts[i] for i in tuning_rows], how, input_length, progress
+    )
+  prompts = [prompts[i] for i in reported]
   # Where measuring is all there is, tasks share its programs.
   if tuned:
     _forget_programs()
-  measured = measure_methods(
-      model, prompts, how.methods, max_decode_length=how.max_decode_length,
-      batch_size=how.batch_size, repeats=how.repeats, progress=progress, label=task.name,
-      scoring=scoring,
-  )
+  with _naming_rows(task.name, reported):
+    measured = measure_methods(
+        model, prompts, how.methods, max_decode_length=how.max_decode_length,
+        batch_size=how.batch_size, repeats=how.repeats, progress=progress, label=task.name,
+        scoring=scoring,
+    )
   if tuned or how.has_report:
     _forget_programs()
   live = {name: measurement.generation for name, measurement in measured.items()}
@@ -250,6 +266,15 @@ def _evaluate_task(
   with new_file(path) as partial:
     write_object(partial, found)
   return read_object(path)
+
+
+@contextlib.contextmanager
+def _naming_rows(task: str, rows: Sequence[int]) -> Iterator[None]:
+  """Names a task's own row where decoding some of its rows fails in one."""
+  try:
+    yield
+  except NotFinite as error:
+    raise error.among(f"{task} prompts", rows) from error
 
 
 def _check_names(tasks: Sequence[Task], methods: Sequence[Method]) -> None:
