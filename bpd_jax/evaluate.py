@@ -363,7 +363,12 @@ def _write_outputs(
 
 def main(argv: Sequence[str]) -> None:
   """Evaluates as gin says; see `--help`."""
-  read_gin(argv, "python -m bpd_jax.evaluate", __doc__.splitlines()[0], evaluate)
+  promise = (
+      "Greedy's tokens are promised in float32 and float64; in bfloat16 and float16 (DTYPE) the "
+      "share of rows that have them is reported."
+  )
+  description = f"{__doc__.splitlines()[0]} {promise}"
+  read_gin(argv, "python -m bpd_jax.evaluate", description, evaluate)
   evaluate()
 
 

@@ -28,8 +28,10 @@ def first_max(logits: Array) -> tuple[Array, Array]:
   # looks for the first of the largest finds it.
   equal = jnp.where(logits == largest, index, vocab_size)
   first = jnp.min(jnp.where(logits <= largest, equal, -1), axis=-1)
-  # Token 0 keeps later lookups in range.
-  return jnp.where(first < 0, jnp.nan, largest[..., 0]), jnp.maximum(first, 0)
+  is_nan = first < 0
+  # Token 0 keeps later lookups in range. Not a maximum: `commit` must wait for something
+  # that XLA can't tell beforehand.
+  return jnp.where(is_nan, jnp.nan, largest[..., 0]), jnp.where(is_nan, 0, first)
 
 
 def top_k(values: Array, k: int) -> tuple[Array, Array]:
