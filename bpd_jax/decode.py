@@ -170,7 +170,8 @@ def main(argv: Sequence[str]) -> None:
   )
   parser.add_argument(
       "--method", choices=("greedy", "blockwise"), default="blockwise",
-      help="greedy's tokens come out of both (default blockwise, with the model's heads)",
+      help="greedy's tokens come out of both, in float32 (default blockwise, with the model's "
+      "heads)",
   )
   parser.add_argument(
       "--show-drafts", "--show_drafts", action="store_true",
@@ -191,7 +192,11 @@ def main(argv: Sequence[str]) -> None:
       "--batch-size", type=int, default=8, metavar="N",
       help="most prompts decoded together (default 8)",
   )
-  parser.add_argument("--dtype", help="to compute in, instead of the checkpoint's")
+  parser.add_argument(
+      "--dtype", metavar="DTYPE",
+      help="to compute in, instead of the checkpoint's: float32, of which greedy's tokens are "
+      "promised, or bfloat16 or float16, of which they aren't",
+  )
   args = parser.parse_args(argv)
   prompts = read_prompts(args.prompts, args.file, args.field)
   model = load(args.checkpoint, dtype=args.dtype)

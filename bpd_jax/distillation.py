@@ -12,7 +12,7 @@ import numpy as np
 
 from bpd_jax.data.batches import cut_inputs, Dataset
 from bpd_jax.data.token_cache import TokenCache, write_cache
-from bpd_jax.generation import Generator
+from bpd_jax.generation import Generator, NotFinite
 from bpd_jax.training.metrics import shown
 
 # Examples in a part; a run that is killed loses one part at most.
@@ -64,15 +64,18 @@ def distil(
     The inputs with the base model's outputs, in the examples' order.
 
   Raises:
-    InputError: where the folder can't be written.
+    InputError: where the folder can't be written, or an output would be NaN's.
   """
   eos_id = generator.config.eos_id
 
   def pairs(part: Sequence[int]) -> Iterator[tuple[list[int], list[int]]]:
     inputs = [cut_inputs(dataset[i][0], input_length, eos_id).tolist() for i in part]
-    out = generator.generate(
-        inputs, "greedy", max_length=target_length, batch_size=batch_size
-    )
+    try:
+      out = generator.generate(
+          inputs, "greedy", max_length=target_length, batch_size=batch_size
+      )
+    except NotFinite as error:
+      raise error.among([f"{dataset.name} example {i}" for i in part]) from error
     yield from zip(inputs, (row.tolist() for row in out.tokens))
 
   parts = []

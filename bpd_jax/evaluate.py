@@ -7,7 +7,8 @@ Prints a table, and writes `results.json` and each method's outputs as JSONL;
 docs/reading_results.md says what the figures mean.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+import contextlib
 import dataclasses
 import importlib.util
 import itertools
@@ -47,7 +48,14 @@ from bpd_jax.folders import (
   resumable_folder,
   write_object,
 )
-from bpd_jax.generation import Generation, Generator, input_bucket, INPUT_BUCKETS, load
+from bpd_jax.generation import (
+  Generation,
+  Generator,
+  input_bucket,
+  INPUT_BUCKETS,
+  load,
+  NotFinite,
+)
 from bpd_jax.launch import read_gin, run
 from bpd_jax.partitioning import Partitioning
 from bpd_jax.terminal import description_column, plain_console
@@ -93,14 +101,16 @@ def evaluate(
     unfit_rows: what becomes of rows whose inputs are empty or longer than the longest
       bucket. "error" names the first of them and ends; "cut" cuts long ones before an
       EOS, as training does, and leaves out empty ones; "leave_out" leaves out both.
-    dtype: to compute in, instead of the checkpoint's.
+    dtype: to compute in, instead of the checkpoint's. Of bfloat16 and float16 the share of
+      rows that are greedy's is reported, and not promised.
     partitioning: where the model lives; one device by default.
 
   Returns:
     What `results.json` holds.
 
   Raises:
-    InputError: for a bad argument or row, before anything is compiled.
+    InputError: for a bad argument or row, before anything is compiled; for the first row in
+      which NaN or infinity would choose a token.
     SystemExit: with status 1 at the end where a method's tokens aren't
       greedy's and can't be near ties.
   """
@@ -204,14 +214,18 @@ class _Rows:
 
   Attributes:
     rows: those that are reported.
+    places: where each stands.
     prompts: token ids of their inputs.
-    tuning_prompts: of the rows on which weights are chosen.
+    tuning_places: of the rows on which weights are chosen.
+    tuning_prompts: likewise.
     num_cut: rows of both whose inputs were cut.
     num_left_out: rows of both that didn't fit.
   """
 
   rows: list[dict[str, str]]
+  places: list[str]
   prompts: list[list[int]]
+  tuning_places: list[str]
   tuning_prompts: list[list[int]]
   num_cut: int
   num_left_out: int
@@ -242,6 +256,15 @@ def _evaluate_task(
 ) -> dict[str, Any]:
   """Evaluates one task and writes its outputs, unless the folder has it already.
 
+  Args:
+    folder: where the outputs go.
+    model: what is evaluated.
+    task: the task.
+    own: its rows.
+    how: see `_How`.
+    input_length: that recordings are padded to.
+    progress: gets bars.
+
   Returns:
     `results`, the entry of `results.json`; `analysis`, that of `analysis.json`, or None;
     `differences`, a line each; `wrong`, the methods whose tokens can't be greedy's.
@@ -250,17 +273,19 @@ def _evaluate_task(
   if path.exists():
     progress.console.print(f"{task.name}: evaluated before it was cut off")
     return read_object(path)
-  scoring, tuned = _choose_weights(
-      model, task.name, own.tuning_prompts, how, input_length, progress
-  )
+  with _naming_rows(own.tuning_places):
+    scoring, tuned = _choose_weights(
+        model, task.name, own.tuning_prompts, how, input_length, progress
+    )
   # Where measuring is all there is, tasks share its programs.
   if tuned:
     _forget_programs()
-  measured = measure_methods(
-      model, own.prompts, how.methods, max_decode_length=how.max_decode_length,
-      batch_size=how.batch_size, repeats=how.repeats, progress=progress, label=task.name,
-      scoring=scoring,
-  )
+  with _naming_rows(own.places):
+    measured = measure_methods(
+        model, own.prompts, how.methods, max_decode_length=how.max_decode_length,
+        batch_size=how.batch_size, repeats=how.repeats, progress=progress, label=task.name,
+        scoring=scoring,
+    )
   if tuned or how.has_report:
     _forget_programs()
   live = {name: measurement.generation for name, measurement in measured.items()}
@@ -307,6 +332,15 @@ def _evaluate_task(
   with new_file(path) as partial:
     write_object(partial, found)
   return read_object(path)
+
+
+@contextlib.contextmanager
+def _naming_rows(places: Sequence[str]) -> Iterator[None]:
+  """Says where the row stands in which decoding some rows fails."""
+  try:
+    yield
+  except NotFinite as error:
+    raise error.among(places) from error
 
 
 def _check_names(tasks: Sequence[Task], methods: Sequence[Method]) -> None:
@@ -401,8 +435,9 @@ def _read_rows(
     if before and not after:
       raise InputError(f"{task} rows to {what}", "none that fits", "at least one")
   tuning_prompts, prompts = ([tokens[place] for place in part] for part in left)
+  tuning_places, places = left
   return _Rows(
-      [rows[place] for place in left[1]], prompts, tuning_prompts, num_cut,
+      [rows[place] for place in places], places, prompts, tuning_places, tuning_prompts, num_cut,
       len(inputs) - len(tokens),
   )
 
@@ -440,7 +475,12 @@ def _write_outputs(
 
 def main(argv: Sequence[str]) -> None:
   """Evaluates as gin says; see `--help`."""
-  read_gin(argv, "python -m bpd_jax.evaluate", __doc__.splitlines()[0], evaluate)
+  promise = (
+      "Greedy's tokens are promised in float32 and float64; in bfloat16 and float16 (DTYPE) the "
+      "share of rows that have them is reported."
+  )
+  description = f"{__doc__.splitlines()[0]} {promise}"
+  read_gin(argv, "python -m bpd_jax.evaluate", description, evaluate)
   evaluate()
 
 

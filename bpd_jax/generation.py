@@ -15,7 +15,7 @@ import numpy as np
 
 from bpd_jax.checkpoints import load_model
 from bpd_jax.decoding import accept, loop
-from bpd_jax.decoding.rescoring import Rescorer, rescorer_params, Scoring
+from bpd_jax.decoding.rescoring import Rescorer, rescorer_params, RescorerParams, Scoring
 from bpd_jax.decoding.scorers.reference import ReferenceScorer
 from bpd_jax.decoding.search import SearchSettings
 from bpd_jax.decoding.types import AcceptanceRule, Drafter, Prompt
@@ -36,6 +36,24 @@ from bpd_jax.programs import (
 from bpd_jax.vocabulary import load_vocabulary, Vocabulary
 
 INPUT_BUCKETS = (32, 64, 128, 256, 512, 1024, 2048)
+
+
+class NotFinite(InputError):
+  """A number that decides was NaN or infinite, so that any token would be chance.
+
+  Attributes:
+    row: index of the prompt; the first of its batch.
+    call: the decoder call of the row, from 1 on.
+  """
+
+  def __init__(self, row: int, call: int, what: str, allowed: str, name: str | None = None):
+    name = f"prompts[{row}]" if name is None else name
+    super().__init__(f"{name}, call {call}: {what}", "not finite", allowed)
+    self.row, self.call, self._what = row, call, what
+
+  def among(self, names: Sequence[str]) -> "NotFinite":
+    """The same error, where the prompts have names."""
+    return NotFinite(self.row, self.call, self._what, self.allowed, names[self.row])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,11 +216,13 @@ class Generator:
 
     Raises:
       InputError: naming the argument, before anything is compiled.
+      NotFinite: naming prompt and call, where NaN or infinity would choose a token: in
+        parameters, or where activations leave the range of float16.
     """
     settings = self.settings(
         method, block_size, verify_width, max_length, rule, top_k, search, scoring
     )
-    params = rescorer_params(scoring, settings.depth)
+    params = self.rescorer_params(scoring, settings.depth)
     self.partitioning.check_batch(batch_size)
     rows = self.encode_prompts(prompts, buckets)
     limits = self._check_limits(limits, len(rows), max_length)
@@ -230,6 +250,7 @@ class Generator:
       )
       seconds.append(time.perf_counter() - began)
       is_warm.append(self.num_compilations == before)
+      check_finite(self.config, state, batch)
       for slot, row in enumerate(batch):
         done[row] = read_row(state, slot)
     tokens, calls, traces = (list(column) for column in zip(*(done[i] for i in range(len(rows)))))
@@ -262,6 +283,19 @@ class Generator:
     )
     check_settings(self.config, settings)
     return settings
+
+  def rescorer_params(self, scoring: Sequence[Scoring], depth: int) -> RescorerParams:
+    """`rescoring.rescorer_params` on this model's devices.
+
+    What a scorer reads lies where its maker put it, a small model on one device, say, and
+    a program takes arguments of one set of devices.
+    """
+    everywhere = self.partitioning.sharding(())
+    place = lambda leaf: (
+        leaf if isinstance(leaf, jax.Array) and leaf.sharding.device_set == everywhere.device_set
+        else jax.device_put(leaf, everywhere)
+    )
+    return jax.tree.map(place, rescorer_params(scoring, depth))
 
   def encode_prompts(
       self, prompts: Sequence[str] | Sequence[Sequence[int]],
@@ -353,7 +387,9 @@ def load(
   Args:
     folder: from `save_model`, training or `python -m bpd_jax.import_checkpoint`.
     partitioning: where it lives; the first device by default.
-    dtype: to compute and hold parameters in, instead of the folder's.
+    dtype: to compute and hold parameters in, instead of the folder's. Greedy's tokens are
+      promised in float32 and float64; in bfloat16 and float16 calls over a block and over
+      one node differ more often than by near ties.
 
   Raises:
     InputError: naming the file, field or parameter that isn't as it should be.
@@ -366,8 +402,27 @@ def load(
 
 def fetch_state(state: loop.DecodeState) -> dict[str, Any]:
   """What `read_row` reads of a decoded batch, on the host."""
-  names = ("tokens", "num_tokens", "num_calls", "trace")
+  names = ("tokens", "num_tokens", "num_calls", "trace", "failure")
   return jax.device_get({name: getattr(state, name) for name in names})
+
+
+def check_finite(config: ModelConfig, state: dict[str, Any], rows: Sequence[int]) -> None:
+  """Raises NotFinite where a row of a decoded batch ended so.
+
+  Args:
+    config: of the model.
+    state: from `fetch_state`.
+    rows: which prompt each slot of the batch held.
+  """
+  failed = [(row, slot) for slot, row in enumerate(rows) if state["failure"][slot]]
+  if not failed:
+    return
+  row, slot = min(failed)
+  allowed = "a finite number; parameters may hold NaN or infinity"
+  if config.dtype == "float16":
+    allowed += ", or activations have left float16's range, where bfloat16 has float32's"
+  what = loop.FAILURES[state["failure"][slot]]
+  raise NotFinite(row, int(state["num_calls"][slot]), what, allowed)
 
 
 def read_row(state: dict[str, Any], slot: int) -> tuple[np.ndarray, int, list[Call]]:

@@ -82,6 +82,11 @@ class Partitioning:
         is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned),
     )
 
+  def replicated(self) -> "Partitioning":
+    """The same mesh, of which each device holds all of every parameter."""
+    rules = [(name, axes if name == "batch" else None) for name, axes in self.rules]
+    return dataclasses.replace(self, rules=tuple(dict(rules).items()))
+
   def check_batch(self, batch_size: int) -> None:
     """Raises InputError where a batch doesn't divide over its mesh axes."""
     axes = dict(self.rules)["batch"]

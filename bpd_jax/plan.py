@@ -259,6 +259,11 @@ def compile_program(name: str, function, *args, **options) -> Program:
   )
 
 
+def decode_config(config: ModelConfig, dtype: str) -> ModelConfig:
+  """What `generation.load` makes of a folder's config and a dtype."""
+  return config.with_dtype(dtype)
+
+
 def decode_program(
     settings: DecodeSettings, config: ModelConfig, partitioning: Partitioning,
     batch_size: int, input_length: int,
@@ -362,8 +367,8 @@ def plan(
       raise InputError(name, values, "positive integers, as in (1, 8)")
   if dtype not in ("bfloat16", "float32"):
     raise InputError("dtype", dtype, "bfloat16 or float32")
-  config = config.replace(dtype=dtype)
-  decode_config = config.replace(param_dtype=dtype)
+  decoded = decode_config(config, dtype)
+  config = config.replace(dtype=dtype, accum_dtype=decoded.accum_dtype)
   chip, devices = topology_devices(topology)
   partitioning = make_partitioning(data, fsdp, model, devices)
   partitioning.check_batch(batch_size)
@@ -377,7 +382,7 @@ def plan(
   )
   calls = {
       (where, rows, nodes): plan_call(
-          chip, on, decode_config, nodes, rows, output_length, input_length
+          chip, on, decoded, nodes, rows, output_length, input_length
       )
       for where, on in (("mesh", partitioning), ("chip", None))
       for rows in batch_sizes
@@ -387,13 +392,13 @@ def plan(
     console.print(_call_table(title, where, calls, node_counts, batch_sizes))
 
   jobs = {"greedy": lambda: decode_program(
-      DecodeSettings("greedy", 1, 1, output_length), decode_config, partitioning, batch_size,
+      DecodeSettings("greedy", 1, 1, output_length), decoded, partitioning, batch_size,
       input_length,
   )}
   if config.block_size > 1:
     jobs["blockwise"] = lambda: decode_program(
         DecodeSettings("blockwise", config.block_size, config.block_size, output_length),
-        decode_config, partitioning, batch_size, input_length,
+        decoded, partitioning, batch_size, input_length,
     )
   else:
     console.print("no blockwise loop: the model has no parallel heads; set its block size")

@@ -105,10 +105,11 @@ def accept(
 ) -> Step:
   """Accepts a connected part of the tree and takes its deepest node.
 
-  A node is accepted iff it is valid, passes the rule, its parent is accepted
-  and its parent is not an EOS. Of the deepest accepted nodes the lowest index
-  wins; the base model's choice after it is emitted by this same call, except
-  after an accepted EOS, which ends the row.
+  A node is accepted iff it is valid, passes the rule, its parent is accepted,
+  its parent is not an EOS, and the model has a choice after its parent. Of the
+  deepest accepted nodes the lowest index wins; the base model's choice after it
+  is emitted by this same call, except after an accepted EOS, which ends the row,
+  and where there is none.
 
   Args:
     rule: which drafted tokens pass.
@@ -122,7 +123,10 @@ def accept(
   num_nodes = tree.tokens.shape[-1]
   is_eos = tree.tokens == eos_id
   is_root = jnp.arange(num_nodes) == 0
-  passes = rule.passes(tree, verified) & ~trees.parent_values(tree, is_eos)
+  may_go_on = ~is_eos
+  if verified.is_finite is not None:
+    may_go_on &= verified.is_finite
+  passes = rule.passes(tree, verified) & trees.parent_values(tree, may_go_on)
   passes = is_root | (passes & tree.is_valid)
   # Accepted iff no node on the way from the root fails.
   is_accepted = ~(trees.ancestors(tree) & ~passes[:, None, :]).any(-1)
@@ -137,11 +141,15 @@ def accept(
   slot = jnp.arange(tree.max_depth + 1)
   tokens = jnp.where(slot == num_accepted[:, None], choice, tokens)
   ends = (num_accepted > 0) & trees.gather_nodes(is_eos, last[:, None])[:, 0]
+  is_finite = jnp.ones_like(ends)
+  if verified.is_finite is not None:
+    is_finite = ends | trees.gather_nodes(verified.is_finite, last[:, None])[:, 0]
   probes = verified.probes
   return Step(
       tokens=tokens,
-      num_tokens=num_accepted + jnp.where(ends, 0, 1),
+      num_tokens=num_accepted + jnp.where(ends | ~is_finite, 0, 1),
       path=path,
       hidden=trees.gather_nodes(verified.hidden, last[:, None])[:, 0],
+      is_finite=is_finite,
       probes=None if probes is None else trees.gather_nodes(probes, last[:, None])[:, 0],
   )

@@ -9,24 +9,29 @@ from bpd_jax.decoding.types import Array, Lattice
 BLOCK = 64
 
 
-def first_argmax(logits: Array) -> Array:
-  """Index of the largest entry along the last axis, the lowest among equals.
+def first_max(logits: Array) -> tuple[Array, Array]:
+  """The largest entry along the last axis and its index, the lowest among equals.
 
-  Same answer as `jnp.argmax` on numbers; a maximum and a search for the first
+  Same index as `jnp.argmax` on numbers; a maximum and a search for the first
   equal entry vectorise on a CPU, an argmax reduction doesn't.
 
   Args:
     logits: [..., vocab].
 
   Returns:
-    [...] int32.
+    [...], NaN where any entry is, and [...] int32.
   """
   vocab_size = logits.shape[-1]
   index = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
-  is_largest = logits == jnp.max(logits, axis=-1, keepdims=True)
-  first = jnp.min(jnp.where(is_largest, index, vocab_size), axis=-1)
-  # Only NaN equals nothing; token 0 keeps later lookups in range.
-  return jnp.where(first == vocab_size, 0, first)
+  largest = jnp.max(logits, axis=-1, keepdims=True)
+  # On a CPU a maximum may pass over NaN, which is neither below a number nor above: what
+  # looks for the first of the largest finds it.
+  equal = jnp.where(logits == largest, index, vocab_size)
+  first = jnp.min(jnp.where(logits <= largest, equal, -1), axis=-1)
+  is_nan = first < 0
+  # Token 0 keeps later lookups in range. Not a maximum: `commit` must wait for something
+  # that XLA can't tell beforehand.
+  return jnp.where(is_nan, jnp.nan, largest[..., 0]), jnp.where(is_nan, 0, first)
 
 
 def top_k(values: Array, k: int) -> tuple[Array, Array]:
@@ -82,14 +87,20 @@ def top_k_lattice(logits: Array, k: int, num_steps: Array) -> Lattice:
     num_steps: [batch] int32.
 
   Returns:
-    A lattice whose scores are log-probabilities over the whole vocabulary.
+    A lattice whose scores are log-probabilities over the whole vocabulary. A row isn't
+    finite where a step with a draft has a largest logit that isn't.
   """
+  log_norm = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
   if k == 1:
-    tokens = first_argmax(logits)[..., None]
-    best = jnp.take_along_axis(logits, tokens, axis=-1)
+    best, tokens = (x[..., None] for x in first_max(logits))
+    # Nothing else reads the norm of a single candidate, so it is never computed.
+    is_finite = jnp.isfinite(best[..., 0])
   else:
     best, tokens = top_k(logits, k)
-  log_norm = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    # Of a NaN a sort says nothing; the norm is finite where the largest logit is.
+    is_finite = jnp.isfinite(log_norm[..., 0])
+  is_drafted = jnp.arange(logits.shape[1]) < num_steps[:, None]
   return Lattice(
-      tokens=tokens.astype(jnp.int32), scores=best - log_norm, num_steps=num_steps
+      tokens=tokens.astype(jnp.int32), scores=best - log_norm, num_steps=num_steps,
+      is_finite=(is_finite | ~is_drafted).all(-1),
   )

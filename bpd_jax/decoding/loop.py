@@ -6,6 +6,9 @@ exact acceptance rule the tokens are greedy's whatever the drafter.
 
 Counting (block efficiency): tokens emitted, EOS included, divided by decoder
 calls made while the row was live, the first call included. Greedy is exactly 1.
+
+NaN looks like perfect heads: base and drafter both say token 0. So where a number
+that decides isn't finite the row ends, and the state says what it was.
 """
 
 from typing import Any
@@ -18,13 +21,18 @@ from bpd_jax.decoding import accept as acceptance
 from bpd_jax.decoding.cache import commit, write_rows
 from bpd_jax.decoding.rescoring import Rescorer, RescorerParams
 from bpd_jax.decoding.types import (
-    AcceptanceRule,
-    Array,
-    Cache,
-    Drafter,
-    Search,
-    Step,
-    Verify,
+  AcceptanceRule,
+  Array,
+  Cache,
+  Drafter,
+  Search,
+  Step,
+  Verify,
+)
+
+# What `DecodeState.failure` counts; 0 is none.
+FAILURES = (
+    None, "the base model's largest logit", "a head's largest logit", "what a path is worth",
 )
 
 
@@ -58,6 +66,7 @@ class DecodeState:
     num_calls: [batch] int32, decoder calls made while the row was live.
     limits: [batch] int32, most tokens of each row; 0 for a row that only pads.
     is_done: [batch] bool.
+    failure: [batch] int32, of `FAILURES`, what wasn't finite in the row's last call.
     root: [batch] int32, the newest certain token, not yet in the cache.
     cache: the committed prefix.
     step: what the last call made certain.
@@ -73,6 +82,7 @@ class DecodeState:
   num_calls: Array
   limits: Array
   is_done: Array
+  failure: Array
   root: Array
   cache: Cache
   step: Step
@@ -116,6 +126,7 @@ def initial_state(
       num_calls=jnp.zeros([batch], jnp.int32),
       limits=limits,
       is_done=limits <= 0,
+      failure=jnp.zeros([batch], jnp.int32),
       root=jnp.full([batch], start_id, jnp.int32),
       cache=cache,
       step=step,
@@ -142,7 +153,8 @@ def empty_step(hidden: Array, max_depth: int, probes: Array | None = None) -> St
   """
   none = jnp.zeros([hidden.shape[0], max_depth + 1], jnp.int32)
   return Step(
-      tokens=none, num_tokens=none[:, 0], path=none, hidden=hidden, probes=probes
+      tokens=none, num_tokens=none[:, 0], path=none, hidden=hidden,
+      is_finite=none[:, 0] == 0, probes=probes,
   )
 
 
@@ -185,6 +197,9 @@ def decode(
     lattice, drafter_state = drafter.propose(
         drafter_params, state.drafter, state.step, key
     )
+    # A drafter may have scores in the model's dtype, too few bits to add and to mask.
+    wide = jnp.promote_types(lattice.scores.dtype, jnp.float32)
+    lattice = lattice.replace(scores=lattice.scores.astype(wide))
     rescorer_state = rescorer.start(rescorer_params, state.rescorer, state.step)
     score = rescorer.path_score(rescorer_params, rescorer_state, lattice)
     tree = search(lattice, state.root, score)
@@ -196,6 +211,11 @@ def decode(
     slot = jnp.arange(step.tokens.shape[1])
     ends = ((step.tokens == eos_id) & (slot < step.num_tokens[:, None])).any(-1)
     num_tokens = state.num_tokens + step.num_tokens
+    ends |= num_tokens >= state.limits
+    # A choice that isn't needed may be none.
+    bad = (~step.is_finite & ~ends, _is_bad(lattice.is_finite), _is_bad(tree.is_finite))
+    failure = jnp.select(bad, range(1, len(FAILURES)), 0)
+    failure = jnp.where(state.is_done, state.failure, failure.astype(jnp.int32))
     drafts = jnp.where(tree.is_valid & ~state.is_done[:, None], tree.tokens, -1)
     parents = jnp.broadcast_to(tree.parents, drafts.shape)
     is_exact = jnp.ones_like(state.is_done) if tree.is_exact is None else tree.is_exact
@@ -208,7 +228,8 @@ def decode(
         tokens=write_rows(state.tokens, step.tokens, state.num_tokens, axis=1),
         num_tokens=num_tokens,
         num_calls=state.num_calls + ~state.is_done,
-        is_done=state.is_done | ends | (num_tokens >= state.limits),
+        is_done=state.is_done | ends | (failure > 0),
+        failure=failure,
         root=step.newest(state.root),
         cache=commit(state.cache, verified, step),
         step=step,
@@ -219,3 +240,8 @@ def decode(
     )
 
   return jax.lax.while_loop(lambda s: ~s.is_done.all(), call_once, state)
+
+
+def _is_bad(is_finite: Array | None) -> Array | bool:
+  """Not `is_finite`, where that is known."""
+  return False if is_finite is None else ~is_finite

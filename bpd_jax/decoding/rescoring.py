@@ -124,7 +124,8 @@ class Rescorer:
       sums = at_step(scores, i)[:, None]
       for number, more in enumerate(judged):
         weight = at_step(by_row[number], i)[:, None, None]
-        sums = sums + weight * more.astype(sums.dtype)
+        # What doesn't count may be -inf, and 0 × -inf is NaN.
+        sums = sums + jnp.where(weight > 0, weight * more.astype(sums.dtype), 0)
       return sums
 
     def begin(num_paths: int) -> tuple[Any, ...]:

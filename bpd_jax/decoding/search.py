@@ -107,11 +107,13 @@ class Paths:
     choices: [batch, paths, depth] int32, which candidate each path takes.
     scores: [batch, paths], falling; below `NEVER` / 2 where there is no such path.
     is_exact: [batch] bool, whether these are proved to be the best of all paths.
+    is_finite: [batch] bool, whether none of the prefixes that were kept is worth NaN.
   """
 
   choices: Array
   scores: Array
   is_exact: Array
+  is_finite: Array
 
 
 def chain(lattice: Lattice, root: Array, score: PathScore, *, num_nodes: int) -> Tree:
@@ -127,26 +129,31 @@ def chain(lattice: Lattice, root: Array, score: PathScore, *, num_nodes: int) ->
     A tree of `num_nodes` nodes in which node i is the child of node i - 1.
   """
   num_drafted = num_nodes - 1
+  is_finite = None
   if lattice.tokens.shape[2] == 1 or num_drafted == 0:
     drafted = lattice.tokens[:, :num_drafted, 0]
   else:
     parents = jnp.zeros([len(root), 1], jnp.int32)
 
-    def choose(addends: Array, i: Array | int) -> Array:
-      best = jnp.argmax(addends[:, :1], axis=-1)
-      return jnp.take_along_axis(at_step(lattice.tokens, i), best, axis=1)
+    def choose(addends: Array, i: Array | int) -> tuple[Array, Array]:
+      """The token of step i and what it adds, each [batch, 1]."""
+      best = jnp.argmax(addends[:, :1], axis=-1)  # NaN is the largest
+      pick = lambda values: jnp.take_along_axis(values, best, axis=1)
+      return pick(at_step(lattice.tokens, i)), pick(addends[:, 0])
 
-    def take(before: tuple[Any, Array], i: Array) -> tuple[tuple[Any, Array], Array]:
+    def take(before: tuple[Any, Array], i: Array) -> tuple[tuple[Any, Array], Any]:
       trails = score.extend(before[0], parents, before[1], i - 1)
-      token = choose(score.addends(trails, i), i)
-      return (trails, token), token
+      token, added = choose(score.addends(trails, i), i)
+      return (trails, token), (token, added)
 
     trails = score.begin(1)
-    first = choose(score.addends(trails, 0), 0)
-    drafted = first
+    drafted, added = first = choose(score.addends(trails, 0), 0)
     if num_drafted > 1:
-      _, others = jax.lax.scan(take, (trails, first), jnp.arange(1, num_drafted))
-      drafted = jnp.concatenate([first, others[..., 0].T], axis=1)
+      _, others = jax.lax.scan(take, (trails, first[0]), jnp.arange(1, num_drafted))
+      drafted, added = (
+          jnp.concatenate([x, more[..., 0].T], axis=1) for x, more in zip(first, others)
+      )
+    is_finite = ~jnp.isnan(added).any(-1)
   step = np.arange(num_nodes, dtype=np.int32)
   return Tree(
       tokens=jnp.concatenate([root[:, None], drafted], axis=1),
@@ -154,6 +161,7 @@ def chain(lattice: Lattice, root: Array, score: PathScore, *, num_nodes: int) ->
       parents=step - 1,
       is_valid=step[None, :] <= lattice.num_steps[:, None],
       max_depth=num_drafted,
+      is_finite=is_finite,
   )
 
 
@@ -179,7 +187,8 @@ def p_best(
   """
   paths = best_paths(lattice, score, num_paths, beam_width, is_beam)
   build = merge_paths if is_merged else separate_paths
-  return build(lattice, root, paths, num_nodes).replace(is_exact=paths.is_exact)
+  tree = build(lattice, root, paths, num_nodes)
+  return tree.replace(is_exact=paths.is_exact, is_finite=paths.is_finite)
 
 
 def best_paths(
@@ -229,7 +238,9 @@ def best_paths(
   # The last step's values were whole paths', so they are in order.
   sums = levels.sums[-1, :, :num_paths]
   dropped = jnp.full_like(sums[:, -1], -jnp.inf) if is_small else left.max(0)
-  return Paths(_choices(levels, num_paths), sums, dropped <= sums[:, -1])
+  return Paths(
+      _choices(levels, num_paths), sums, dropped <= sums[:, -1], ~jnp.isnan(levels.sums).any((0, 2))
+  )
 
 
 @struct.dataclass
@@ -405,10 +416,14 @@ def best_first(lattice: Lattice, root: Array, score: PathScore, *, num_nodes: in
 
   def grow(trails: Any, prefixes: Prefixes, i: Array) -> tuple[Any, Array]:
     trails, addends = _extend(lattice, score, trails, prefixes, i)
+    # Where scorers rule all candidates out there is nothing to share.
+    is_none = addends.max(-1, keepdims=True) == -jnp.inf
     addends = jax.nn.log_softmax(addends, axis=-1) + at_step(mass, i)[:, None, None]
+    addends = jnp.where(is_none, -jnp.inf, addends)
     return trails, jnp.where((i < lattice.num_steps)[:, None, None], addends, NEVER)
 
   levels, _ = _walk(lattice, width, score.begin(width), grow)
+  is_finite = ~jnp.isnan(levels.sums).any((0, 2))
   # All levels in one row, a parent always before its children; node 0 is the root.
   levels = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), levels)  # [batch, depth, width]
   tokens = jnp.take_along_axis(lattice.tokens, levels.choices, axis=2)
@@ -422,7 +437,8 @@ def best_first(lattice: Lattice, root: Array, score: PathScore, *, num_nodes: in
   at = jnp.maximum(parents + (level - 2) * width, 0)
   parent = jnp.where(level == 1, 0, jnp.take_along_axis(number, at, axis=1))
   level = jnp.broadcast_to(level, scores.shape)
-  return _tree(root, number, tokens, level, parent, num_nodes, depth)
+  tree = _tree(root, number, tokens, level, parent, num_nodes, depth)
+  return tree.replace(is_finite=is_finite)
 
 
 def _tree(

@@ -27,13 +27,17 @@ class Lattice:
 
   Attributes:
     tokens: [batch, depth, k] int32, distinct within a step, best first.
-    scores: [batch, depth, k] float, log-probabilities.
+    scores: [batch, depth, k] float, log-probabilities; the loop makes them float32 at
+      least.
     num_steps: [batch] int32, how many steps of the row hold a draft, <= depth.
+    is_finite: [batch] bool, whether what the draft comes from is numbers and not NaN or
+      infinite; None where it always is.
   """
 
   tokens: Array
   scores: Array
   num_steps: Array
+  is_finite: Array | None = None
 
 
 @struct.dataclass
@@ -53,6 +57,8 @@ class Tree:
     max_depth: largest depth that any node can have (static).
     is_exact: [batch] bool, whether the search proved that it found what it looked
       for; None where it always does.
+    is_finite: [batch] bool, whether no path that it kept was worth NaN; None where it
+      looked at no path's worth.
   """
 
   tokens: Array
@@ -61,6 +67,7 @@ class Tree:
   is_valid: Array
   max_depth: int = struct.field(pytree_node=False)
   is_exact: Array | None = None
+  is_finite: Array | None = None
 
 
 @struct.dataclass
@@ -109,6 +116,8 @@ class Verified:
     probes: [batch, nodes, k, d] probe states, or None where the drafter has no
       probe that enters below the last layer.
     logits: [batch, nodes, vocab], or None where no acceptance rule reads them.
+    is_finite: [batch, nodes] bool, whether the largest logit is a finite number; where it
+      isn't there is no choice. None where it always is.
   """
 
   choice: Array
@@ -117,6 +126,7 @@ class Verified:
   values: tuple[Array, ...]
   probes: Array | None = None
   logits: Array | None = None
+  is_finite: Array | None = None
 
 
 @struct.dataclass
@@ -130,6 +140,8 @@ class Step:
     path: [batch, max_depth + 1] int32: nodes whose keys and values become part
       of the prefix, root first. Valid below `num_tokens`.
     hidden: [batch, d] hidden state of the last accepted node.
+    is_finite: [batch] bool; False where the base model had no choice after that node, so
+      that there are the accepted tokens alone.
     probes: [batch, k, d] probe states of that node, or None.
   """
 
@@ -137,6 +149,7 @@ class Step:
   num_tokens: Array
   path: Array
   hidden: Array
+  is_finite: Array
   probes: Array | None = None
 
   def newest(self, old: Array) -> Array:

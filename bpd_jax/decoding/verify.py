@@ -2,8 +2,10 @@
 
 from collections.abc import Callable
 
+import jax.numpy as jnp
+
 from bpd_jax.decoding import tree as trees
-from bpd_jax.decoding.lattice import first_argmax
+from bpd_jax.decoding.lattice import first_max
 from bpd_jax.decoding.types import Array, Cache, Tree, Verified, Verify
 
 # (tokens [b, n], depth [b or 1, n], visible [b or 1, n, n],
@@ -34,13 +36,15 @@ def model_verify(
         tree.tokens, depth, visible, tuple(zip(cache.keys, cache.values)), cache.lengths
     )
     scores = logits(hidden)
+    largest, choice = first_max(scores)
     return Verified(
-        choice=first_argmax(scores),
+        choice=choice,
         hidden=hidden,
         keys=keys,
         values=values,
         probes=probes,
         logits=scores if keeps_logits else None,
+        is_finite=jnp.isfinite(largest),
     )
 
   return verify

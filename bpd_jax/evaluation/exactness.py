@@ -115,16 +115,32 @@ def check_differences(
   return len(differences) <= 1 or len(differences) < max_share * num_rows
 
 
+def host_device() -> jax.Device:
+  """Where rows are scored again: the host's CPU, so that an accelerator needn't hold all
+  parameters in float64 beside its own, or have a float64 at all. The first device where
+  `JAX_PLATFORMS` leaves no CPU.
+  """
+  try:
+    return jax.local_devices(backend="cpu")[0]
+  except RuntimeError:
+    return jax.local_devices()[0]
+
+
+def on_host(params: Any) -> Any:
+  """Parameters in float64 on `host_device`, leaf by leaf; where float64 is enabled."""
+  put = lambda leaf: jax.device_put(np.asarray(leaf, np.float64), host_device())
+  return jax.tree.map(put, params)
+
+
 def _margins(config, params, prompts, prefixes, pairs) -> list[np.ndarray]:
   """Distance of two tokens' float64 logits after each prefix, one number a row."""
-  batch_size = min(MAX_BATCH, len(prompts))
+  host, batch_size = host_device(), min(MAX_BATCH, len(prompts))
   input_length = max(map(len, prompts))
   length = 1 + max(map(len, prefixes))
-  with jax.enable_x64(True):
+  with jax.enable_x64(True), jax.default_device(host):
     wide = config.with_dtype("float64")
-    params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), jax.device_get(params))
-    params = jax.device_put(params)
-    model = EncoderDecoder(wide, single_device())
+    params = on_host(params)
+    model = EncoderDecoder(wide, single_device(host))
 
     @jax.jit
     def score(params, inputs, lengths, targets, position, pairs):

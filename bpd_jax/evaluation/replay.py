@@ -21,10 +21,17 @@ from rich.progress import track
 from bpd_jax.decoding import loop
 from bpd_jax.decoding import tree as trees
 from bpd_jax.decoding.accept import ExactMatch, NothingPasses
-from bpd_jax.decoding.rescoring import rescorer_params, Scoring
+from bpd_jax.decoding.rescoring import Scoring
 from bpd_jax.decoding.types import Cache, Prompt, Tree, Verified
 from bpd_jax.errors import InputError
-from bpd_jax.generation import fetch_state, Generation, Generator, input_bucket, read_row
+from bpd_jax.generation import (
+  check_finite,
+  fetch_state,
+  Generation,
+  Generator,
+  input_bucket,
+  read_row,
+)
 from bpd_jax.model.model import EncoderDecoder
 from bpd_jax.programs import DecodeSettings, make_drafter
 
@@ -73,6 +80,9 @@ class Recording:
   def save(self, path: str | Path) -> None:
     """Writes it as an .npz file."""
     fields = dataclasses.asdict(self)
+    if self.hidden.dtype.itemsize < 4:
+      # NumPy's files don't know bfloat16; nothing is lost.
+      fields["hidden"] = self.hidden.astype(np.float32)
     with open(path, "wb") as file:
       np.savez(file, **fields)
 
@@ -86,6 +96,7 @@ def load_recording(path: str | Path, generator: Generator) -> Recording:
   try:
     with np.load(path, allow_pickle=False) as file:
       fields = {name: file[name] for name in file.files}
+    fields["hidden"] = fields["hidden"].astype(generator.config.dtype)
     recording = Recording(**(fields | {"fingerprint": str(fields["fingerprint"])}))
   except (OSError, ValueError, KeyError, TypeError) as error:
     raise InputError("recording", str(path), "a file of Recording.save") from error
@@ -235,7 +246,7 @@ def replay(
   )
   if not isinstance(settings.rule, ExactMatch | NothingPasses):
     raise InputError("rule", settings.rule, "exact acceptance, all that a recording can judge")
-  params = rescorer_params(scoring, settings.depth)
+  params = generator.rescorer_params(scoring, settings.depth)
   done: dict[int, tuple] = {}
   rows = len(recording)
   # A batch takes as many calls as its longest row.
@@ -251,6 +262,7 @@ def replay(
         generator.model, settings, generator.view, recording.tokens[part],
         recording.hidden[part], np.where(is_row, recording.lengths[part], 0), prompt, params,
     ))
+    check_finite(generator.config, state, part)
     for slot in range(int(is_row.sum())):
       done[part[slot]] = read_row(state, slot)
   tokens, calls, traces = (list(column) for column in zip(*(done[i] for i in range(rows))))

@@ -17,6 +17,7 @@ from bpd_jax.decoding.scorers.reference import ReferenceScorer
 from bpd_jax.errors import InputError
 from bpd_jax.generation import Generator, load
 from bpd_jax.ngram_lm.arpa import read_arpa
+from bpd_jax.partitioning import Partitioning
 from bpd_jax.small_model import neural_scoring
 
 Weight = float | tuple[float, ...]
@@ -66,7 +67,9 @@ class NeuralSource:
   entropy_power: float = 0.0
 
   def make(self, generator: Generator, max_length: int) -> Scoring:
-    small = _load_model(self.checkpoint, generator.config.dtype)
+    small = _load_model(
+        self.checkpoint, generator.config.dtype, generator.partitioning.replicated()
+    )
     found = (small.config.vocab_size, small.vocabulary_fingerprint)
     wanted = (generator.config.vocab_size, generator.vocabulary_fingerprint)
     if found != wanted:
@@ -162,5 +165,5 @@ def _read_ngrams(arpa: str, vocab_size: int, vocabulary: str | None) -> NgramPar
 
 
 @functools.lru_cache(maxsize=4)
-def _load_model(folder: str, dtype: str) -> Generator:
-  return load(folder, dtype=dtype)
+def _load_model(folder: str, dtype: str, partitioning: Partitioning) -> Generator:
+  return load(folder, dtype=dtype, partitioning=partitioning)

@@ -16,7 +16,7 @@ import numpy as np
 
 from bpd_jax.decoding.lattice import top_k_lattice
 from bpd_jax.decoding.loop import empty_step
-from bpd_jax.decoding.rescoring import rescorer_params, RescorerParams, Scoring
+from bpd_jax.decoding.rescoring import RescorerParams, Scoring
 from bpd_jax.decoding.types import Prompt
 from bpd_jax.evaluation.analysis import first_path
 from bpd_jax.evaluation.replay import Recording, replay
@@ -73,7 +73,7 @@ def watch(
   settings = generator.settings(
       **{"method": "blockwise", "max_length": one.tokens.shape[1]} | options, scoring=scoring
   )
-  params = rescorer_params(scoring, settings.depth)
+  params = generator.rescorer_params(scoring, settings.depth)
   prompt = Prompt(one.prompts, one.prompt_lengths, one.tokens)
   state = _start(settings, params, prompt)
   tokens, watched, done = decoded.tokens[0], [], 0

@@ -6,6 +6,7 @@ from typing import Any
 from bpd_jax.errors import InputError
 
 ACTIVATIONS = ("gelu", "relu", "silu")
+DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +42,9 @@ class ModelConfig:
     eos_id: ends a row.
     dtype: of activations and matrix products.
     param_dtype: of stored parameters.
-    accum_dtype: of norm statistics, softmax, logits and log-probabilities.
+    accum_dtype: of norm statistics, attention scores, softmax, logits and
+      log-probabilities: float64 where `dtype` is, else float32 at least. In fewer
+      bits a mean square overflows, and masked scores aren't finite.
   """
 
   vocab_size: int = 32128
@@ -93,19 +96,22 @@ class ModelConfig:
         raise InputError(
             f"ModelConfig.{name}", getattr(self, name), f"an id below {self.vocab_size}"
         )
-    for name in ("dtype", "param_dtype", "accum_dtype"):
-      if getattr(self, name) not in ("bfloat16", "float16", "float32", "float64"):
+    for name in ("dtype", "param_dtype"):
+      if getattr(self, name) not in DTYPES:
         raise InputError(
             f"ModelConfig.{name}", getattr(self, name), "bfloat16, float16, float32 or float64"
         )
+    if self.accum_dtype not in (accum_dtype_of(self.dtype), "float64"):
+      allowed = "float64, as dtype is" if self.dtype == "float64" else "float32 or float64"
+      raise InputError("ModelConfig.accum_dtype", self.accum_dtype, allowed)
 
   def replace(self, **changes: Any) -> "ModelConfig":
     """A copy with some fields changed."""
     return dataclasses.replace(self, **changes)
 
   def with_dtype(self, dtype: str) -> "ModelConfig":
-    """A copy that stores and computes everything in one dtype."""
-    return self.replace(dtype=dtype, param_dtype=dtype, accum_dtype=dtype)
+    """A copy that stores and computes in one dtype, but for what `accum_dtype` says."""
+    return self.replace(dtype=dtype, param_dtype=dtype, accum_dtype=accum_dtype_of(dtype))
 
   def to_dict(self) -> dict[str, Any]:
     """The fields, ready for JSON."""
@@ -115,6 +121,8 @@ class ModelConfig:
   def from_dict(cls, fields: dict[str, Any]) -> "ModelConfig":
     """The inverse of `to_dict`.
 
+    A folder may ask for fewer bits of `accum_dtype` than there are to be; it gets these.
+
     Raises:
       InputError: for a field that doesn't exist.
     """
@@ -122,4 +130,11 @@ class ModelConfig:
     for name, value in fields.items():
       if name not in known:
         raise InputError(f"ModelConfig.{name}", value, f"one of the fields {sorted(known)}")
+    if fields.get("accum_dtype") in DTYPES[:2]:
+      fields = fields | {"accum_dtype": accum_dtype_of(fields.get("dtype", cls.dtype))}
     return cls(**fields)
+
+
+def accum_dtype_of(dtype: str) -> str:
+  """The least `accum_dtype` of a model that computes in `dtype`."""
+  return "float64" if dtype == "float64" else "float32"

@@ -25,6 +25,11 @@ Array = jax.Array
 MASKED = -1e9
 
 
+def masked(dtype) -> float:
+  """`MASKED`, or what of it a dtype can hold with a score added."""
+  return max(MASKED, float(jnp.finfo(dtype).min) / 2)
+
+
 def activation(name: str) -> Callable[[Array], Array]:
   """T5's activations; gelu is the tanh approximation."""
   return {"gelu": nn.gelu, "relu": nn.relu, "silu": nn.silu}[name]
@@ -125,8 +130,10 @@ class RelativePositionBias(nn.Module):
 
 
 def mask_bias(bias: Array, mask: Array) -> Array:
-  """Adds `MASKED` where the mask is False; shapes broadcast."""
-  return bias + jnp.where(mask, jnp.zeros([], bias.dtype), jnp.asarray(MASKED, bias.dtype))
+  """Adds `masked` where the mask is False; shapes broadcast."""
+  return bias + jnp.where(
+      mask, jnp.zeros([], bias.dtype), jnp.asarray(masked(bias.dtype), bias.dtype)
+  )
 
 
 def attend(queries: Array, segments, accum_dtype, drop: Callable[[Array], Array]) -> Array:

@@ -20,7 +20,7 @@ class EmptyDrafter:
     batch = step.num_tokens.shape[0]
     lattice = Lattice(
         tokens=jnp.zeros([batch, 0, 1], jnp.int32),
-        scores=jnp.zeros([batch, 0, 1], step.hidden.dtype),
+        scores=jnp.zeros([batch, 0, 1]),
         num_steps=jnp.zeros([batch], jnp.int32),
     )
     return lattice, ()

@@ -56,7 +56,7 @@ class ReferenceDrafter:
     )
     lattice = Lattice(
         tokens=tokens[..., None],
-        scores=jnp.zeros(tokens.shape + (1,), step.hidden.dtype),
+        scores=jnp.zeros(tokens.shape + (1,)),
         num_steps=num_steps,
     )
     return lattice, state.replace(num_tokens=num_tokens)

@@ -1,0 +1,314 @@
+"""Numbers that aren't: NaN and infinity end a decoding, and what isn't read disturbs nothing."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import test_loop
+from test_loop import make_rows, MAX_LENGTH, MODEL, NoisyDrafter
+
+from bpd_jax.checkpoints import save_model
+from bpd_jax.data.jsonl import JsonlTask
+from bpd_jax.decoding import accept, loop
+from bpd_jax.decoding.cache import cache_length
+from bpd_jax.decoding.lattice import BLOCK, first_max, top_k_lattice
+from bpd_jax.decoding.rescoring import Scoring
+from bpd_jax.decoding.scorers.no_repeat import NoRepeatScorer
+from bpd_jax.decoding.search import SearchSettings
+from bpd_jax.decoding.types import Prompt
+from bpd_jax.evaluate import evaluate
+from bpd_jax.evaluation.replay import record, replay
+from bpd_jax.generation import Generator, NotFinite
+from bpd_jax.model.config import ModelConfig
+from bpd_jax.model.model import init_params
+from bpd_jax.partitioning import single_device
+from bpd_jax.small_model import neural_scoring
+
+NAN, INF = float("nan"), float("inf")
+# What 0 × inf gives on x86; a sort puts it below all numbers.
+NEGATIVE_NAN = np.copysign(np.float32(NAN), np.float32(-1))
+CONFIG = ModelConfig(
+    vocab_size=64, d_model=16, d_ff=32, d_kv=8, num_heads=2, num_encoder_layers=1,
+    num_decoder_layers=2, block_size=4, head_d_ff=24,
+)
+OPTIONS = {"max_length": 12, "batch_size": 4, "buckets": (16,)}
+# Longer and shorter ones, so that slots of a batch aren't prompts in order.
+PROMPTS = [[20] * 9, [21], [22] * 12, [23] * 4, [24] * 7]
+
+
+@pytest.fixture(scope="module")
+def params():
+  params = jax.device_get(init_params(CONFIG, single_device(), jax.random.key(2)))
+  w2 = params["heads"]["w2"]
+  params["heads"]["w2"] = np.random.default_rng(0).standard_normal(w2.shape, np.float32) / 4
+  return params
+
+
+def changed(params, path, place, value):
+  """A copy of the parameters with one number changed."""
+  path = path.split("/")
+  leaf = params
+  for name in path:
+    leaf = leaf[name]
+  leaf = np.array(leaf)
+  leaf[place] = value
+  for i in range(len(path) - 1, -1, -1):
+    inside = params
+    for name in path[:i]:
+      inside = inside[name]
+    leaf = {**inside, path[i]: leaf}
+  return leaf
+
+
+@pytest.mark.parametrize("n", [7, BLOCK * 40 + 3])
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("values, is_finite", [
+    ({}, True), ({1: NAN}, False), ({1: NEGATIVE_NAN}, False), ({0: NAN, 5: INF}, False),
+    ({3: INF}, False), ({3: -INF}, True), ({3: NAN, 4: -INF}, False), ("none", False),
+])
+def test_a_largest_logit_that_is_no_number_is_seen(n, k, values, is_finite):
+  logits = np.random.default_rng(0).standard_normal([2, 3, n]).astype(np.float32)
+  if values == "none":
+    logits[1, 1] = -INF
+  else:
+    for place, value in values.items():
+      logits[1, 1, place] = value
+  largest, index = jax.jit(first_max)(logits)
+  expected = np.ones([2, 3], bool)
+  expected[1, 1] = is_finite
+  np.testing.assert_array_equal(np.isfinite(largest), expected)
+  assert (index >= 0).all() and (index < n).all()
+  for num_steps, seen in ((3, is_finite), (2, is_finite), (1, True), (0, True)):
+    lattice = jax.jit(top_k_lattice, static_argnums=1)(
+        logits, k, np.array([3, num_steps], np.int32)
+    )
+    assert lattice.is_finite.tolist() == [True, seen]
+
+
+def forgetful(seed, eos_position, bad_position):
+  """The table model, whose logits after `bad_position` tokens are no numbers: [batch] each."""
+  verify = MODEL.verify(seed, eos_position)
+
+  def run(cache, tree):
+    position = cache.lengths[:, None] + tree.depth
+    is_bad = position == bad_position[:, None]
+    verified = verify(cache, tree)
+    logits = jnp.where(is_bad[..., None], NAN, verified.logits)
+    # A choice that many a rule would take for one.
+    choice = jnp.where(is_bad, 0, verified.choice)
+    return dataclasses.replace(verified, logits=logits, choice=choice, is_finite=~is_bad)
+
+  return run
+
+
+@functools.partial(jax.jit, static_argnames=("drafter", "rule"))
+def decode_forgetful(drafter, rule, table, seed, eos_position, limits, bad_position):
+  depth = drafter.depth
+  state = loop.initial_state(
+      MODEL.empty_cache(len(seed), cache_length(MAX_LENGTH, depth)),
+      loop.empty_step(jnp.zeros([len(seed), 1]), depth),
+      drafter.init((), Prompt(table, limits, table)), limits=limits,
+      start_id=test_loop.START, max_length=MAX_LENGTH, num_nodes=depth + 1,
+      key=jax.random.key(0),
+  )
+  return loop.decode(
+      forgetful(seed, eos_position, bad_position), drafter, (), state,
+      search=SearchSettings().make(depth), rule=rule, eos_id=MODEL.eos_id,
+  )
+
+
+@pytest.mark.parametrize("hit_rate", [0, 0.8, 1])
+@pytest.mark.parametrize("rule", [
+    accept.ExactMatch(), accept.ApproximateTopK(2), accept.ApproximateDistance(1),
+    accept.ApproximateMinimumBlock(3),
+], ids=lambda rule: type(rule).__name__)
+def test_a_row_fails_where_greedy_would_and_nowhere_else(rule, hit_rate):
+  """Limits, EOS and dead rows at every place, and the place where the model has no choice."""
+  rng = np.random.default_rng(4)
+  seed, eos_position, limits, greedy = make_rows(rng, 256)
+  table = test_loop.draft_table(rng, greedy, 4, hit_rate)
+  bad_position = rng.integers(0, MAX_LENGTH + 4, 256).astype(np.int32)
+  state = jax.device_get(decode_forgetful(
+      NoisyDrafter(4), rule, table, seed, eos_position, limits, bad_position
+  ).replace(key=None))
+  failed = state.failure == 1
+  assert not (state.failure > 1).any() and state.is_done.all()
+  # Nothing stands behind the place, whatever a rule lets pass.
+  assert (state.num_tokens <= bad_position)[failed].all()
+  assert (state.num_tokens[failed] == bad_position[failed]).all()
+  if rule == accept.ExactMatch():
+    # The tokens before it are greedy's, and a row that needs no choice there is whole.
+    lengths = np.minimum(limits, eos_position + 1)
+    np.testing.assert_array_equal(failed, lengths > bad_position)
+    np.testing.assert_array_equal(state.num_tokens, np.minimum(lengths, bad_position))
+    for row in range(256):
+      n = state.num_tokens[row]
+      assert state.tokens[row, :n].tolist() == greedy[row, :n].tolist()
+      assert state.trace.num_emitted[row].sum() == n
+  assert failed.any() and not failed.all() and (limits == 0).any()
+
+
+def test_rows_of_other_failures_are_named_apart():
+  """Of a drafter that isn't finite from its second draft on, and of the model before it."""
+
+  class Broken(NoisyDrafter):
+
+    def propose(self, params, state, step, key):
+      lattice, after = super().propose(params, state, step, key)
+      return lattice.replace(is_finite=after[1] < 2), after
+
+  rng = np.random.default_rng(0)
+  seed, _, _, greedy = make_rows(rng, 3)
+  eos_position, limits = np.array([9, 9, 1], np.int32), np.full([3], 12, np.int32)
+  bad_position = np.array([99, 0, 99], np.int32)
+  table = test_loop.draft_table(rng, greedy, 2, 0)
+  state = decode_forgetful(
+      Broken(2), accept.ExactMatch(), table, seed, eos_position, limits, bad_position
+  )
+  # The third row has ended when the drafter breaks.
+  assert [loop.FAILURES[i] for i in state.failure] == [
+      "a head's largest logit", "the base model's largest logit", None
+  ]
+  assert state.num_calls.tolist() == [3, 1, 2]
+
+
+@pytest.mark.parametrize("method", ["greedy", "blockwise", "reference"])
+@pytest.mark.parametrize("path, place, value", [
+    ("decoder/layers/mlp/wo", (1, 3, 5), NAN), ("embedding", (0, 0), NAN),
+    ("encoder/norm/scale", (2,), INF), ("logits_kernel", (4, 9), NAN),
+    ("logits_kernel", (4, 9), INF), ("decoder/norm/scale", (0,), -INF),
+])
+def test_one_number_that_is_none_ends_every_method(params, path, place, value, method):
+  model = Generator(CONFIG, changed(params, path, place, value))
+  references = [[5] * 12] * 5 if method == "reference" else None
+  with pytest.raises(NotFinite) as caught:
+    model.generate(PROMPTS, method, references=references, **OPTIONS)
+  # The first of the batch of the shortest prompts, which is decoded first.
+  assert str(caught.value) == (
+      "prompts[0], call 1: the base model's largest logit = 'not finite': allowed is a finite "
+      "number; parameters may hold NaN or infinity"
+  )
+
+
+def test_the_row_is_the_prompts_and_the_call_its_own(params):
+  whole = Generator(CONFIG, params)
+  for row, token in ((2, 22), (3, 23)):
+    model = Generator(CONFIG, changed(params, "embedding", (token, 3), NAN))
+    with pytest.raises(NotFinite, match=rf"^prompts\[{row}\], call 1: the base model's"):
+      model.generate(PROMPTS, **OPTIONS)
+    others = [prompt for prompt in PROMPTS if token not in prompt]
+    found, expected = (x.generate(others, "greedy", **OPTIONS) for x in (model, whole))
+    for one, other in zip(found.tokens, expected.tokens):
+      if token not in one:
+        assert one.tolist() == other.tolist()
+  # A token that one row alone writes: the call that reads it has no choice.
+  greedy = whole.generate(PROMPTS, "greedy", **OPTIONS)
+  rows = [row.tolist() for row in greedy.tokens]
+  row, token = next(
+      (r, t) for r, tokens in enumerate(rows) for t in tokens[1:-1]
+      if sum(t in other for other in rows) == 1 and not any(t in p for p in PROMPTS)
+      and t != tokens[0] and t not in (0, 1)
+  )
+  model = Generator(CONFIG, changed(params, "embedding", (token, 3), NAN))
+  with pytest.raises(NotFinite) as caught:
+    model.generate(PROMPTS, "greedy", **OPTIONS)
+  assert (caught.value.row, caught.value.call) == (row, rows[row].index(token) + 2)
+  limits = [12] * len(rows)
+  limits[row] = rows[row].index(token) + 1
+  cut = model.generate(PROMPTS, "greedy", limits=limits, **OPTIONS)
+  assert [x.tolist() for x in cut.tokens] == [x[:n] for x, n in zip(rows, limits)]
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"top_k": 3}, {"top_k": 3, "search": SearchSettings("p_best", num_paths=2)},
+], ids=["plain", "chain", "p_best"])
+@pytest.mark.parametrize("value", [NAN, INF])
+def test_a_head_that_is_none_is_said_where_it_drafts(params, options, value):
+  whole = Generator(CONFIG, params)
+  model = Generator(CONFIG, changed(params, "heads/w2", (2, 0, 0), value))
+  with pytest.raises(NotFinite, match=r"^prompts\[0\], call 2: a head's largest logit"):
+    model.generate(PROMPTS, **options, **OPTIONS)
+  if not options:
+    # Neither greedy nor two heads read head 4.
+    for more in ({"method": "greedy"}, {"block_size": 3}):
+      found, expected = (x.generate(PROMPTS, **more, **OPTIONS) for x in (model, whole))
+      assert [x.tolist() for x in found.tokens] == [x.tolist() for x in expected.tokens]
+      assert found.calls == expected.calls
+
+
+SEARCHES = {
+    "chain": SearchSettings(), "p_best": SearchSettings("p_best", num_paths=3),
+    "batched": SearchSettings("batched", num_paths=2),
+    "best_first": SearchSettings("best_first", num_nodes=6),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Constant(NoRepeatScorer):
+  """Says one thing of every candidate."""
+
+  value: float = 0.0
+  context: int = 1
+
+  def bound(self, params, state, before, candidates, i):
+    shape = (*before.shape, candidates.shape[1])
+    return jnp.full(shape, self.value, jnp.float32)
+
+
+@pytest.mark.parametrize("context", [1, 3])
+@pytest.mark.parametrize("search", SEARCHES)
+def test_a_scorer_that_says_nan_is_told_and_one_that_rules_out_isnt(params, search, context):
+  model = Generator(CONFIG, params)
+  # So many that a CPU compares them in vectors.
+  options = {"top_k": 40, "search": SEARCHES[search], **OPTIONS}
+  with pytest.raises(NotFinite, match=r"^prompts\[0\], call 2: what a path is worth"):
+    model.generate(PROMPTS, scoring=[Scoring(Constant(NAN, context))], **options)
+  greedy = model.generate(PROMPTS, "greedy", **OPTIONS)
+  for scoring in (Scoring(Constant(-INF, context)), Scoring(Constant(NAN, context), weight=0.0)):
+    found = model.generate(PROMPTS, scoring=[scoring], **options)
+    assert [x.tolist() for x in found.tokens] == [x.tolist() for x in greedy.tokens]
+
+
+def test_a_small_model_that_is_none(params):
+  small = CONFIG.replace(d_model=8, num_decoder_layers=1, block_size=1)
+  bad = jax.device_get(init_params(small, single_device(), jax.random.key(5)))
+  bad = changed(bad, "decoder/layers/mlp/wo", (0, 1, 1), NEGATIVE_NAN)
+  scoring = [neural_scoring(Generator(small, bad), max_length=12)]
+  model = Generator(CONFIG, params)
+  for search in ("chain", "best_first"):
+    with pytest.raises(NotFinite, match="what a path is worth"):
+      model.generate(PROMPTS, top_k=3, search=SEARCHES[search], scoring=scoring, **OPTIONS)
+
+
+def test_replay_says_so_too(params):
+  model = Generator(CONFIG, params)
+  greedy = model.generate(PROMPTS, "greedy", **OPTIONS)
+  recording = record(model, PROMPTS, greedy, 12)
+  broken = Generator(CONFIG, changed(params, "heads/w1", (0, 1, 1), NAN))
+  with pytest.raises(NotFinite, match=r"^prompts\[0\], call 2: a head's largest logit"):
+    replay(broken, recording, batch_size=8)
+
+
+def test_evaluate_names_the_tasks_row(params, tmp_path):
+  config = CONFIG.replace(vocab_size=384)
+  rng = np.random.default_rng(1)
+  wide = lambda shape: rng.standard_normal(shape).astype(np.float32)
+  params = {**params, "embedding": wide([384, 16]), "logits_kernel": wide([16, 384])}
+  # ByT5's ids are bytes plus 3.
+  params = changed(params, "embedding", (ord("~") + 3, 0), NAN)
+  # It never writes that byte.
+  params["logits_kernel"][:, ord("~") + 3] = 0
+  vocabulary = tmp_path / "tokenizer_config.json"
+  vocabulary.write_text('{"tokenizer_class": "ByT5Tokenizer"}')
+  save_model(tmp_path / "model", config, params, vocabulary)
+  rows = tmp_path / "rows.jsonl"
+  rows.write_text('{"inputs": "a text"}\n{"inputs": "b"}\n{"inputs": "a ~"}\n')
+  with pytest.raises(NotFinite, match=r"^mine prompts\[2\], call 1: the base model's largest"):
+    evaluate(
+        str(tmp_path / "model"), [JsonlTask("mine", str(rows))], [], str(tmp_path / "out"),
+        max_decode_length=8, batch_size=2, repeats=1,
+    )
+  assert not (tmp_path / "out").exists()
