@@ -62,9 +62,13 @@ def keep_programs() -> None:
       or not jax.config.jax_enable_compilation_cache):
     return
   try:
-    folder = open_folder(default_folder())
+    set_folder(open_folder(default_folder()))
   except (OSError, RuntimeError):
-    return
+    pass
+
+
+def set_folder(folder: Path) -> None:
+  """Lets JAX keep in a folder all that this process compiles, however fast that was."""
   jax.config.update("jax_compilation_cache_dir", str(folder))
   for name, value in _OPTIONS.items():
     if name.upper() not in os.environ:
@@ -72,7 +76,7 @@ def keep_programs() -> None:
 
 
 def environment_of(folder: Path) -> dict[str, str]:
-  """Variables with which JAX keeps all that a process compiles in a folder."""
+  """Variables that do for another process what `set_folder` does for this one."""
   return {FOLDER_VARIABLE: str(folder)} | {
       name.upper(): str(value) for name, value in _OPTIONS.items()
   }

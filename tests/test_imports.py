@@ -18,6 +18,7 @@ FLOORS = {
     "bpd_jax.errors": 0,
     "bpd_jax.folders": 0.5,
     "bpd_jax.environment": 0.5,
+    "bpd_jax.compilation_cache": 0.5,
     "bpd_jax.partitioning": 1,
     "bpd_jax.vocabulary": 1,
     "bpd_jax.model": 1,
