@@ -5,7 +5,15 @@ import os
 from pathlib import Path
 import sys
 
+RUNS = Path(__file__).resolve().parent.parent / "runs"
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Importing is most of a short process, and twice that without bytecode. Who wants none beside
+# the sources gets it elsewhere, this process and those that it starts.
+if sys.dont_write_bytecode and sys.pycache_prefix is None:
+  os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+  os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix = str(RUNS / "test_bytecode")
+  sys.dont_write_bytecode = False
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache as jax_cache
@@ -13,12 +21,10 @@ import pytest
 
 from bpd_jax.compilation_cache import environment_of, FOLDER_VARIABLE, open_folder, set_folder
 
-PROGRAMS = Path(__file__).resolve().parent.parent / "runs" / "test_programs"
-
 # Most of the tests' time is compiling, so what one compiled isn't compiled again: by it, by
 # processes that it starts, by other tests, or by the next run.
 if FOLDER_VARIABLE not in os.environ:
-  folder = open_folder(PROGRAMS)
+  folder = open_folder(RUNS / "test_programs")
   set_folder(folder)
   os.environ.update(environment_of(folder))
 
