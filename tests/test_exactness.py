@@ -17,7 +17,8 @@ from bpd_jax.model.model import decode_view, EncoderDecoder, init_params
 from bpd_jax.partitioning import single_device
 
 MAX_LENGTH = 18
-NUM_MODELS = 100  # Of both kinds, each with its own batch of prompts: 200 cases.
+# Models of a kind, each with its own batch of prompts: some in every run, in a slow one 200.
+FEW, MANY = 15, 100
 # (block size, verify width) of the heads and of references; each is one compiled loop.
 HEADS = ((2, 2), (3, 3), (6, 4), (8, 8), (10, 10))
 REFERENCES = ((5, 4), (9, 9))
@@ -66,13 +67,20 @@ def torch_greedy(model, prompts):
   return [row[: row.index(1) + 1] if 1 in row else row for row in rows]
 
 
-@pytest.mark.slow  # Each kind compiles eight loops in float64.
-@pytest.mark.parametrize("kind", ["t5", "t5_1_1"])
-def test_float64_blockwise_is_greedy_is_transformers(kind, tmp_path):
+# Each shape is a loop to compile in float64. Those of t5_1_1's heads are used again below.
+@pytest.mark.parametrize("kind, num_models, heads, references", [
+    ("t5", FEW, HEADS[1:3], REFERENCES[:1]),
+    ("t5_1_1", FEW, HEADS, REFERENCES[:1]),
+    pytest.param("t5", MANY, HEADS, REFERENCES, marks=pytest.mark.slow),
+    pytest.param("t5_1_1", MANY, HEADS, REFERENCES, marks=pytest.mark.slow),
+])
+def test_float64_blockwise_is_greedy_is_transformers(
+    kind, num_models, heads, references, tmp_path
+):
   rng = np.random.default_rng(len(kind))
   ended, lengths = 0, []
-  accepted = {shape: set() for shape in (*HEADS, *REFERENCES)}
-  for number in range(NUM_MODELS):
+  accepted = {shape: set() for shape in (*heads, *references)}
+  for number in range(num_models):
     model, config, params = random_model(kind, number, tmp_path / str(number))
     prompts = [
         rng.integers(2, 97, n).tolist() for n in rng.choice(np.arange(1, 31), 4, replace=False)
@@ -84,10 +92,10 @@ def test_float64_blockwise_is_greedy_is_transformers(kind, tmp_path):
     with jax.enable_x64(True):
       generator = make_generator(config, params)
 
-      def decode(method, shape, references=None):
+      def decode(method, shape, known=None):
         found = generator.generate(
             prompts, method, block_size=shape[0], verify_width=shape[1],
-            references=references, limits=limits, **OPTIONS,
+            references=known, limits=limits, **OPTIONS,
         )
         assert [row.tolist() for row in found.tokens] == cut, (kind, number, method, shape)
         return found
@@ -95,11 +103,11 @@ def test_float64_blockwise_is_greedy_is_transformers(kind, tmp_path):
       greedy = generator.generate(prompts, "greedy", **OPTIONS)
       assert [row.tolist() for row in greedy.tokens] == expected, (kind, number)
       assert greedy.calls == [len(row) for row in expected]
-      shape = HEADS[number % len(HEADS)]
+      shape = heads[number % len(heads)]
       found = decode("blockwise", shape)
       accepted[shape] |= {call.num_accepted for row in found.traces for call in row}
 
-      shape = REFERENCES[number % len(REFERENCES)]
+      shape = references[number % len(references)]
       perfect = decode("reference", shape, expected)
       assert perfect.calls == [1 + -(-(len(row) - 1) // shape[1]) for row in cut]
       useless = decode("reference", shape, [[(t + 1) % 97 for t in row] for row in expected])
@@ -115,11 +123,13 @@ def test_float64_blockwise_is_greedy_is_transformers(kind, tmp_path):
   # EOS comes in about half of the rows, at every place, and drafts of every length pass: or
   # all this would show little.
   assert 0.35 < ended / len(lengths) < 0.65, ended / len(lengths)
-  assert set(lengths) == set(range(1, MAX_LENGTH + 1)), sorted(set(lengths))
-  for shape in REFERENCES:
+  places = set(range(1, MAX_LENGTH + 1))
+  assert set(lengths) == places or num_models == FEW and len(set(lengths)) > 7, set(lengths)
+  for shape in references:
     assert accepted[shape] == set(range(shape[1])), (shape, accepted[shape])
-  for shape in HEADS:
-    assert len(accepted[shape]) > shape[1] / 2, (shape, accepted[shape])
+  for shape in heads:
+    least = shape[1] / 2 if num_models == MANY else 1
+    assert len(accepted[shape]) > least, (shape, accepted[shape])
 
 
 @pytest.mark.parametrize("shape", HEADS)
