@@ -46,4 +46,4 @@ lint: install
 	$(BIN)/ruff check .
 
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv build dist *.egg-info runs/test_programs runs/test_bytecode

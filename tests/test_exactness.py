@@ -187,7 +187,7 @@ def wide():
   rng = np.random.default_rng(6)
   w2 = params["heads"]["w2"]
   params["heads"]["w2"] = rng.standard_normal(w2.shape).astype(np.float32) / 40
-  prompts = [rng.integers(2, 2048, n).tolist() for n in rng.integers(4, 33, 256)]
+  prompts = [rng.integers(2, 2048, n).tolist() for n in rng.integers(4, 33, 128)]
   generator = Generator(FLOAT32, params)
   greedy = generator.generate(prompts, "greedy", max_length=32, batch_size=32)
   return params, generator, prompts, greedy
@@ -214,7 +214,7 @@ def test_float32_differs_in_near_ties_alone(wide):
     for difference in differences:
       print(method, difference)
     assert check_differences(differences, len(prompts)), list(map(str, differences))
-  assert len({tuple(row) for row in greedy.tokens}) > 250
+  assert len({tuple(row) for row in greedy.tokens}) > 125
 
 
 def test_real_flips_are_near_ties_and_too_many_fail(wide):
