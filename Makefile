@@ -60,4 +60,4 @@ lint: install
 	$(BIN)/ruff check .
 
 clean:
-	rm -rf .venv .venv-newest build dist *.egg-info
+	rm -rf .venv .venv-newest build dist *.egg-info runs/test_programs runs/test_bytecode

@@ -8,7 +8,6 @@ A file or standard input has a prompt a line; with `--field NAME` a line is a JS
 object that has the prompt in a field.
 """
 
-import argparse
 from collections.abc import Sequence
 import io
 import re
@@ -20,7 +19,7 @@ from rich.text import Text
 from bpd_jax.data.jsonl import decode_text, parse_jsonl, read_text, text_lines
 from bpd_jax.errors import InputError
 from bpd_jax.generation import Call, Generation, load
-from bpd_jax.launch import run
+from bpd_jax.launch import Parser, run
 from bpd_jax.terminal import plain_console
 from bpd_jax.vocabulary import Vocabulary
 
@@ -156,7 +155,7 @@ def _on_one_line(piece: str) -> str:
 
 def main(argv: Sequence[str]) -> None:
   """Decodes; see `--help`."""
-  parser = argparse.ArgumentParser(
+  parser = Parser(
       prog="python -m bpd_jax.decode", description=__doc__.splitlines()[0]
   )
   parser.add_argument("--checkpoint", required=True, metavar="DIR", help="a model folder")

@@ -3,20 +3,19 @@
   python -m bpd_jax.export --from models/flan-small --to flan-t5-small
 """
 
-import argparse
 from collections.abc import Sequence
 
 from bpd_jax.checkpoints import describe, load_model
 from bpd_jax.folders import check_new
 from bpd_jax.interchange.huggingface import export_model
-from bpd_jax.launch import run
+from bpd_jax.launch import Parser, run
 from bpd_jax.partitioning import single_device
 from bpd_jax.vocabulary import vocabulary_path
 
 
 def main(argv: Sequence[str]) -> None:
   """Exports; see `--help`."""
-  parser = argparse.ArgumentParser(
+  parser = Parser(
       prog="python -m bpd_jax.export", description=__doc__.splitlines()[0]
   )
   parser.add_argument(

@@ -3,19 +3,18 @@
   python -m bpd_jax.import_checkpoint --from flan-t5-small --to models/flan-small
 """
 
-import argparse
 from collections.abc import Sequence
 
 from bpd_jax.checkpoints import describe, save_model
 from bpd_jax.folders import check_new
 from bpd_jax.interchange.huggingface import import_model
-from bpd_jax.launch import run
+from bpd_jax.launch import Parser, run
 from bpd_jax.vocabulary import vocabulary_path
 
 
 def main(argv: Sequence[str]) -> None:
   """Imports; see `--help`."""
-  parser = argparse.ArgumentParser(
+  parser = Parser(
       prog="python -m bpd_jax.import_checkpoint", description=__doc__.splitlines()[0]
   )
   parser.add_argument(

@@ -13,8 +13,10 @@ import inspect
 from pathlib import Path
 import re
 import sys
+import textwrap
 from typing import Any, NoReturn
 
+from bpd_jax.compilation_cache import describe_cache, keep_programs
 from bpd_jax.environment import quiet_libtpu
 from bpd_jax.errors import check_text, InputError
 
@@ -30,8 +32,16 @@ _MISSING = re.compile(
 _STRING = re.compile(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*\"""")
 
 
+class Parser(argparse.ArgumentParser):
+  """A parser of arguments whose `--help` also says where compiled programs are kept."""
+
+  def format_help(self) -> str:
+    return f"{super().format_help()}\n{textwrap.fill(describe_cache(), 79)}\n"
+
+
 def run(
-    main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None
+    main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None, *,
+    has_cache: bool = True,
 ) -> NoReturn:
   """Calls `main` with the command line and exits.
 
@@ -39,7 +49,11 @@ def run(
     main: takes the arguments after the program's name; returns the exit
       status, None for 0.
     argv: the arguments; the process's own by default.
+    has_cache: whether what it compiles is kept for the next command; see
+      `compilation_cache`.
   """
+  if has_cache:
+    keep_programs()
   argv = sys.argv[1:] if argv is None else argv
   try:
     for number, argument in enumerate(argv, start=1):
@@ -80,7 +94,8 @@ def one_line(error: Exception | str) -> str:
 
 
 def read_gin(
-    argv: Sequence[str], prog: str, description: str, entry: Callable | None = None
+    argv: Sequence[str], prog: str, description: str, entry: Callable | None = None, *,
+    has_cache: bool = True,
 ) -> None:
   """Reads `--gin_file=FILE` and `--gin.NAME=VALUE`, each as often as needed.
 
@@ -94,13 +109,14 @@ def read_gin(
     prog: the program's name, for `--help`.
     description: what it does, for `--help`.
     entry: the configurable that is going to be called without arguments.
+    has_cache: as of `run`, for `--help`.
 
   Raises:
     InputError: for an unknown option, file, configurable, parameter or macro,
       a value that isn't one of gin's, a required macro without a value, or a
       required argument of `entry` without one.
   """
-  parser = argparse.ArgumentParser(
+  parser = (Parser if has_cache else argparse.ArgumentParser)(
       prog=prog, usage=f"{prog} {GIN_USAGE}", description=description, add_help=False
   )
   parser.add_argument("--gin_file", action="append", default=[])

@@ -31,7 +31,7 @@ from rich.table import Table
 from bpd_jax.data.jsonl import json_lines, read_text
 from bpd_jax.data.token_cache import TokenCache
 from bpd_jax.errors import check_count, InputError
-from bpd_jax.launch import run
+from bpd_jax.launch import Parser, run
 from bpd_jax.ngram_lm.arpa import (
   check_vocabulary,
   info_path,
@@ -484,7 +484,7 @@ def print_perplexities(model: BackOff, tests: dict[str, np.ndarray]) -> None:
 
 def main(argv: Sequence[str]) -> None:
   """Runs a command; see `--help`."""
-  parser = argparse.ArgumentParser(
+  parser = Parser(
       prog="python -m bpd_jax.ngram", description=__doc__.splitlines()[0]
   )
   commands = parser.add_subparsers(dest="command", required=True)

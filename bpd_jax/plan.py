@@ -467,11 +467,12 @@ gin.external_configurable(plan, module="bpd_jax", denylist=["config"])
 
 def main(argv: Sequence[str]) -> None:
   """Plans; see `--help`."""
-  read_gin(argv, "python -m bpd_jax.plan", __doc__.splitlines()[0])
+  read_gin(argv, "python -m bpd_jax.plan", __doc__.splitlines()[0], has_cache=False)
   # The host needs no accelerator, and libtpu finds none to start.
   jax.config.update("jax_platforms", "cpu")
   plan(ModelConfig(**gin.get_bindings("ModelConfig")), **gin.get_bindings("plan"))
 
 
 if __name__ == "__main__":
-  run(main)
+  # Its table says how long compiling took.
+  run(main, has_cache=False)

@@ -29,7 +29,7 @@ from rich.table import Table
 from bpd_jax.data.rows import MAX_INPUT_TOKENS, MAX_TARGET_TOKENS, VOCABULARY_FILE
 from bpd_jax.errors import check_count, InputError
 from bpd_jax.folders import new_file
-from bpd_jax.launch import run
+from bpd_jax.launch import Parser, run
 from bpd_jax.terminal import description_column, plain_console
 from bpd_jax.vocabulary import (
   BYTES_FILE,
@@ -320,7 +320,7 @@ def _splits(task: str) -> tuple[str, ...]:
 
 def main(argv: Sequence[str]) -> None:
   """Runs a command; see `--help`."""
-  parser = argparse.ArgumentParser(
+  parser = Parser(
       prog="python -m bpd_jax.prepare", description=__doc__.splitlines()[0]
   )
   commands = parser.add_subparsers(dest="command", required=True)

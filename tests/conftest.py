@@ -3,11 +3,31 @@
 import gc
 from importlib import metadata
 import os
+from pathlib import Path
 import sys
 
-import pytest
+RUNS = Path(__file__).resolve().parent.parent / "runs"
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Importing is most of a short process, and twice that without bytecode. Who wants none beside
+# the sources gets it elsewhere, this process and those that it starts.
+if sys.dont_write_bytecode and sys.pycache_prefix is None:
+  os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+  os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix = str(RUNS / "test_bytecode")
+  sys.dont_write_bytecode = False
+
+import jax
+from jax.experimental.compilation_cache import compilation_cache as jax_cache
+import pytest
+
+from bpd_jax.compilation_cache import environment_of, FOLDER_VARIABLE, open_folder, set_folder
+
+# Most of the tests' time is compiling, so what one compiled isn't compiled again: by it, by
+# processes that it starts, by other tests, or by the next run.
+if FOLDER_VARIABLE not in os.environ:
+  folder = open_folder(RUNS / "test_programs")
+  set_folder(folder)
+  os.environ.update(environment_of(folder))
 
 
 def pytest_configure(config):
@@ -38,20 +58,14 @@ def forgotten_gin():
       gin.clear_config()
 
 
-@pytest.fixture(scope="session")
-def program_folder(tmp_path_factory):
-  folder = tmp_path_factory.getbasetemp()
-  # Workers of pytest-xdist have folders side by side.
-  return (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "programs"
-
-
-@pytest.fixture(scope="module")
-def compiled_once(program_folder):
-  """What a module compiles isn't compiled again, by it, its processes, or another module."""
-  from train_runs import compilation_cache_in
-
-  with compilation_cache_in(program_folder):
-    yield
+@pytest.fixture
+def compiled_anew():
+  """For tests that read what the compiler made, or its memory: nothing comes from disk."""
+  jax.config.update("jax_enable_compilation_cache", False)
+  jax_cache.reset_cache()
+  yield
+  jax.config.update("jax_enable_compilation_cache", True)
+  jax_cache.reset_cache()
 
 
 @pytest.fixture(scope="session")

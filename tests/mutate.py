@@ -178,8 +178,8 @@ MUTATIONS = (
     Mutation("no insertions in an edit distance", "evaluation/quality.py",
              "row = np.minimum.accumulate(row - places) + places", "row = row + 0", QUALITY),
     Mutation("a ratio's interval from rows' ratios", "evaluation/bootstrap.py",
-             "numerators[rows].sum(1) / denominators[rows].sum(1)",
-             "(numerators / denominators)[rows].mean(1)", QUALITY),
+             "drawn = statistic(*(column[rows].sum(1) for column in values))",
+             "drawn = statistic(*(column[rows] for column in values)).mean(1)", QUALITY),
     Mutation("means over every task", "evaluation/table.py",
              'for name, task in tasks.items() if task["learned"]',
              "for name, task in tasks.items()", EVALUATE),
@@ -189,8 +189,9 @@ MUTATIONS = (
              "_scores(name, references, generation.texts)",
              "_scores(name, references, generation.texts[::-1])", EVALUATE),
     Mutation("rows encoded one task after another", "evaluate.py",
-             "prompts = {task.name: _encode(model, task, rows[task.name]) for task in tasks}",
-             'prompts = {name: [x["inputs"] for x in rows[name]] for name in rows}', EVALUATE),
+             "encoded = {task.name: _encode(model, task, every[task.name]) for task in tasks}",
+             'encoded = {name: [x["inputs"] for x in own] for name, own in every.items()}',
+             EVALUATE),
     Mutation("rejected tokens shown as accepted", "decode.py",
              "(REJECTED, rejected)]", "(ACCEPTED, rejected)]",
              ("tests/test_decode.py",)),
@@ -271,8 +272,8 @@ MUTATIONS = (
     Mutation("distilled again from the first part", "distillation.py",
              "if path.is_dir():", "if False:", MODES),
     Mutation("figures lost on a full disk", "training/metrics.py",
-             """      partial.write_text("".join(lines), encoding="utf-8")
-      partial.replace(self._path)
+             """      with new_file(self._path) as partial:
+        partial.write_text("".join(lines), encoding="utf-8")
 """, """      self._path.write_text("".join(lines), encoding="utf-8")
 """, TRAINING),
     Mutation("folder claimed before rows are read", "train.py",

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from bpd_jax import programs
+from bpd_jax.compilation_cache import SWITCH_VARIABLE
 from bpd_jax.generation import Generator
 from bpd_jax.model.config import ModelConfig
 from bpd_jax.model.model import abstract_params, decode_view, EncoderDecoder, init_params
@@ -58,6 +59,7 @@ def count_ops(hlo, shape):
   return counts
 
 
+@pytest.mark.usefixtures("compiled_anew")
 @pytest.mark.parametrize("width", [1, 2, 8])
 @pytest.mark.parametrize("batch", [1, 8])
 def test_loop_copies_no_cache(width, batch):
@@ -77,6 +79,7 @@ def test_loop_copies_no_cache(width, batch):
   assert set(ops) <= known and ops["fusion"] <= caches, ops
 
 
+@pytest.mark.usefixtures("compiled_anew")
 def test_cache_is_donated():
   program = compiled_loop(CONFIG, 8, 8)
   cache = 8 * CONFIG.num_heads * (MAX_LENGTH + 8) * CONFIG.d_kv * 4
@@ -193,7 +196,7 @@ MESH = pytest.mark.slow
 def on_mesh():
   """What a process with 8 devices, 2 data × 2 fsdp × 2 model, finds."""
   environment = os.environ | {
-      "XLA_FLAGS": device_flags(8), "JAX_PLATFORMS": "cpu",
+      "XLA_FLAGS": device_flags(8), "JAX_PLATFORMS": "cpu", SWITCH_VARIABLE: "false",
       "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
   }
   done = subprocess.run(

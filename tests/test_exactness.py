@@ -12,7 +12,8 @@ from bpd_jax.model.model import decode_view, EncoderDecoder, init_params
 from bpd_jax.partitioning import single_device
 
 MAX_LENGTH = 18
-NUM_MODELS = 100  # Of both kinds, each with its own batch of prompts: 200 cases.
+# Models of a kind, each with its own batch of prompts: some in every run, in a slow one 200.
+FEW, MANY = 15, 100
 # (block size, verify width) of the heads and of references; each is one compiled loop.
 HEADS = ((2, 2), (3, 3), (6, 4), (8, 8), (10, 10))
 REFERENCES = ((5, 4), (9, 9))
@@ -67,13 +68,20 @@ def torch_greedy(model, prompts):
   return [row[: row.index(1) + 1] if 1 in row else row for row in rows]
 
 
-@pytest.mark.slow  # Each kind compiles eight loops in float64.
-@pytest.mark.parametrize("kind", ["t5", "t5_1_1"])
-def test_float64_blockwise_is_greedy_is_transformers(hf_models, kind, tmp_path):
+# Each shape is a loop to compile in float64. Those of t5_1_1's heads are used again below.
+@pytest.mark.parametrize("kind, num_models, heads, references", [
+    ("t5", FEW, HEADS[1:3], REFERENCES[:1]),
+    ("t5_1_1", FEW, HEADS, REFERENCES[:1]),
+    pytest.param("t5", MANY, HEADS, REFERENCES, marks=pytest.mark.slow),
+    pytest.param("t5_1_1", MANY, HEADS, REFERENCES, marks=pytest.mark.slow),
+])
+def test_float64_blockwise_is_greedy_is_transformers(
+    hf_models, kind, num_models, heads, references, tmp_path
+):
   rng = np.random.default_rng(len(kind))
   ended, lengths = 0, []
-  accepted = {shape: set() for shape in (*HEADS, *REFERENCES)}
-  for number in range(NUM_MODELS):
+  accepted = {shape: set() for shape in (*heads, *references)}
+  for number in range(num_models):
     model, config, params = random_model(hf_models, kind, number, tmp_path / str(number))
     prompts = [
         rng.integers(2, 97, n).tolist() for n in rng.choice(np.arange(1, 31), 4, replace=False)
@@ -85,10 +93,10 @@ def test_float64_blockwise_is_greedy_is_transformers(hf_models, kind, tmp_path):
     with jax.enable_x64(True):
       generator = make_generator(config, params)
 
-      def decode(method, shape, references=None):
+      def decode(method, shape, known=None):
         found = generator.generate(
             prompts, method, block_size=shape[0], verify_width=shape[1],
-            references=references, limits=limits, **OPTIONS,
+            references=known, limits=limits, **OPTIONS,
         )
         assert [row.tolist() for row in found.tokens] == cut, (kind, number, method, shape)
         return found
@@ -96,11 +104,11 @@ def test_float64_blockwise_is_greedy_is_transformers(hf_models, kind, tmp_path):
       greedy = generator.generate(prompts, "greedy", **OPTIONS)
       assert [row.tolist() for row in greedy.tokens] == expected, (kind, number)
       assert greedy.calls == [len(row) for row in expected]
-      shape = HEADS[number % len(HEADS)]
+      shape = heads[number % len(heads)]
       found = decode("blockwise", shape)
       accepted[shape] |= {call.num_accepted for row in found.traces for call in row}
 
-      shape = REFERENCES[number % len(REFERENCES)]
+      shape = references[number % len(references)]
       perfect = decode("reference", shape, expected)
       assert perfect.calls == [1 + -(-(len(row) - 1) // shape[1]) for row in cut]
       useless = decode("reference", shape, [[(t + 1) % 97 for t in row] for row in expected])
@@ -116,11 +124,13 @@ def test_float64_blockwise_is_greedy_is_transformers(hf_models, kind, tmp_path):
   # EOS comes in about half of the rows, at every place, and drafts of every length pass: or
   # all this would show little.
   assert 0.35 < ended / len(lengths) < 0.65, ended / len(lengths)
-  assert set(lengths) == set(range(1, MAX_LENGTH + 1)), sorted(set(lengths))
-  for shape in REFERENCES:
+  places = set(range(1, MAX_LENGTH + 1))
+  assert set(lengths) == places or num_models == FEW and len(set(lengths)) > 7, set(lengths)
+  for shape in references:
     assert accepted[shape] == set(range(shape[1])), (shape, accepted[shape])
-  for shape in HEADS:
-    assert len(accepted[shape]) > shape[1] / 2, (shape, accepted[shape])
+  for shape in heads:
+    least = shape[1] / 2 if num_models == MANY else 1
+    assert len(accepted[shape]) > least, (shape, accepted[shape])
 
 
 @pytest.mark.parametrize("shape", HEADS)
@@ -178,7 +188,7 @@ def wide():
   rng = np.random.default_rng(6)
   w2 = params["heads"]["w2"]
   params["heads"]["w2"] = rng.standard_normal(w2.shape).astype(np.float32) / 40
-  prompts = [rng.integers(2, 2048, n).tolist() for n in rng.integers(4, 33, 256)]
+  prompts = [rng.integers(2, 2048, n).tolist() for n in rng.integers(4, 33, 128)]
   generator = Generator(FLOAT32, params)
   greedy = generator.generate(prompts, "greedy", max_length=32, batch_size=32)
   return params, generator, prompts, greedy
@@ -205,7 +215,7 @@ def test_float32_differs_in_near_ties_alone(wide):
     for difference in differences:
       print(method, difference)
     assert check_differences(differences, len(prompts)), list(map(str, differences))
-  assert len({tuple(row) for row in greedy.tokens}) > 250
+  assert len({tuple(row) for row in greedy.tokens}) > 125
 
 
 def test_real_flips_are_near_ties_and_too_many_fail(wide):

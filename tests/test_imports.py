@@ -19,6 +19,7 @@ FLOORS = {
     "bpd_jax.folders": 0.5,
     "bpd_jax.environment": 0.5,
     "bpd_jax.terminal": 0.5,
+    "bpd_jax.compilation_cache": 0.5,
     "bpd_jax.partitioning": 1,
     "bpd_jax.vocabulary": 1,
     "bpd_jax.model": 1,

@@ -44,7 +44,7 @@ def commands(folder):
 
 
 @pytest.fixture(scope="module")
-def folder(compiled_once, tmp_path_factory):
+def folder(tmp_path_factory):
   """Where all of the page's commands were run."""
   folder = tmp_path_factory.mktemp("journey")
   # The sizes of tests/test_train_modes.py, whose programs are compiled already.

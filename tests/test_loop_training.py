@@ -44,7 +44,7 @@ FIGURES = {4: 3.0, 8: 1.0, 12: 2.0}
 
 
 @pytest.fixture(scope="module")
-def step(compiled_once):
+def step():
   return make_step(CONFIG)
 
 

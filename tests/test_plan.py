@@ -198,6 +198,7 @@ from pathlib import Path
 import jax
 from bpd_jax import plan
 jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_enable_compilation_cache", False)
 folder = Path(sys.argv[1])
 config = plan.ModelConfig.from_dict(json.loads(sys.argv[2]))
 found = plan.plan(config)

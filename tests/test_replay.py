@@ -1,6 +1,9 @@
 """Replay against live decoding, call by call."""
 
+import dataclasses
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_rescored_model import (  # noqa: F401
@@ -19,8 +22,15 @@ from bpd_jax.decoding.accept import ApproximateTopK
 from bpd_jax.decoding.rescoring import Scoring
 from bpd_jax.decoding.scorers.reference import ReferenceScorer
 from bpd_jax.decoding.search import SearchSettings
+from bpd_jax.decoding.types import Cache, Tree
 from bpd_jax.errors import InputError
-from bpd_jax.evaluation.replay import count_calls, load_recording, record, replay
+from bpd_jax.evaluation.replay import (
+  count_calls,
+  load_recording,
+  record,
+  recorded_verify,
+  replay,
+)
 
 
 @pytest.fixture(scope="module")
@@ -89,3 +99,22 @@ def test_a_recording_is_read_back_by_its_own_model_alone(base, recording, tmp_pa
     load_recording(path, base)
   with pytest.raises(InputError, match="rule"):
     replay(base, recording, rule=ApproximateTopK(1))
+
+
+def test_a_recording_says_nothing_of_what_follows_another_prefix():
+  """Even where a token is greedy's and stands where greedy has it."""
+  tokens = jnp.array([[5, 6, 7, 8], [5, 6, 7, 8]])
+  hidden = jnp.arange(8.0).reshape(2, 4, 1)
+  # The root's children 5 and 9; 6 behind each; 7 behind the second 6; a 6 that is the root's.
+  tree = Tree(
+      tokens=jnp.array([[0, 5, 9, 6, 6, 7, 6]] * 2), parents=np.array([-1, 0, 0, 1, 2, 4, 0]),
+      depth=np.array([0, 1, 1, 2, 2, 3, 1]), is_valid=jnp.ones([2, 7], bool), max_depth=3,
+  )
+  cache = Cache((), (), jnp.array([0, 1]))
+  verified = recorded_verify(tokens, hidden, 0)(cache, tree)
+  assert verified.choice.tolist() == [[5, 6, -1, 7, -1, -1, -1], [-1] * 7]
+  assert verified.hidden[0, [0, 1, 3], 0].tolist() == [0, 1, 2]
+  # The second row has emitted 5, which the root is then.
+  tree = dataclasses.replace(tree, tokens=jnp.array([[0] * 7, [5, 6, 9, 7, 7, 8, 7]]))
+  verified = recorded_verify(tokens, hidden, 0)(cache, tree)
+  assert verified.choice[1].tolist() == [6, 7, -1, 8, -1, -1, -1]

@@ -459,6 +459,8 @@ OPTIMIZERS = {
 def sharded_report():
   """Run in a process with 8 devices: differences from one device, and shardings."""
   jax.config.update("jax_enable_x64", True)
+  # What the compiler made is read.
+  jax.config.update("jax_enable_compilation_cache", False)
   config = SHARDED.with_dtype("float64")
   places = {"one": single_device(), "mesh": make_partitioning(2, 2, 2)}
   report = {"devices": len(jax.devices()), "differences": {}, "places": {}}

@@ -29,7 +29,7 @@ from bpd_jax.training.metrics import read_metrics
 
 
 @pytest.fixture(scope="module")
-def rows(compiled_once, train_rows):
+def rows(train_rows):
   return train_rows
 
 

@@ -19,7 +19,7 @@ from bpd_jax.vocabulary import open_vocabulary
 
 
 @pytest.fixture(scope="module")
-def rows(compiled_once, train_rows):
+def rows(train_rows):
   return train_rows
 
 

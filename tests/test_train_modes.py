@@ -35,7 +35,7 @@ HEADS = {"STEPS": 6, "BLOCK_SIZE": 3, "LOG_EVERY": 2, "SAVE_EVERY": 2, "NUM_DECO
 
 
 @pytest.fixture(scope="module")
-def rows(compiled_once, train_rows):
+def rows(train_rows):
   return train_rows
 
 

@@ -1,6 +1,5 @@
 """Tiny runs of `python -m bpd_jax.train`, in this process or in one of their own."""
 
-import contextlib
 import json
 import os
 from pathlib import Path
@@ -10,7 +9,6 @@ import sys
 
 import gin
 import jax
-from jax.experimental.compilation_cache import compilation_cache
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -28,30 +26,6 @@ SIZES = {
     "ModelConfig.num_decoder_layers": 1, "ModelConfig.head_d_ff": 16,
 }
 LENGTHS = {"BATCH_SIZE": 4, "INPUT_LENGTH": 8, "TARGET_LENGTH": 12, "WARMUP_STEPS": 4}
-
-
-@contextlib.contextmanager
-def compilation_cache_in(folder):
-  """Keeps compiled programs in a folder, for this process and those that it starts.
-
-  Every run traces its own step, and compiles what it compiled before.
-  """
-  options = {
-      "jax_compilation_cache_dir": str(folder), "jax_persistent_cache_min_compile_time_secs": 0.0,
-      "jax_persistent_cache_min_entry_size_bytes": 0,
-  }
-  before = {name: getattr(jax.config, name) for name in options}
-  try:
-    for name, value in options.items():
-      jax.config.update(name, value)
-      os.environ[name.upper()] = str(value)
-    compilation_cache.reset_cache()
-    yield
-  finally:
-    for name, value in before.items():
-      jax.config.update(name, value)
-      del os.environ[name.upper()]
-    compilation_cache.reset_cache()
 
 
 def write_rows(folder, num_rows=40):

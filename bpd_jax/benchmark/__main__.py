@@ -1,6 +1,5 @@
 """The command `python -m bpd_jax.benchmark`."""
 
-import argparse
 from collections.abc import Sequence
 import dataclasses
 import json
@@ -18,7 +17,7 @@ from bpd_jax.benchmark.rescoring import (
 )
 from bpd_jax.benchmark.train import measure_training, print_training_report, TrainOptions
 from bpd_jax.errors import InputError
-from bpd_jax.launch import run
+from bpd_jax.launch import Parser, run
 from bpd_jax.model.config import ModelConfig
 from bpd_jax.terminal import description_column, plain_console
 
@@ -46,7 +45,7 @@ COMMANDS = {
 
 def main(argv: Sequence[str]) -> None:
   """Measures; see `--help`."""
-  parser = argparse.ArgumentParser(
+  parser = Parser(
       prog="python -m bpd_jax.benchmark",
       description="Times decoding, re-scoring or training on a CPU, beside other engines.",
   )

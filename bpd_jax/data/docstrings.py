@@ -8,7 +8,6 @@ checks it, and shows what is in the corpus:
   python -m bpd_jax.data.docstrings examples code_format --split train
 """
 
-import argparse
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 import dataclasses
@@ -38,7 +37,7 @@ from bpd_jax.data.manifest import (
 )
 from bpd_jax.data.sources import LICENCES, Source, SOURCES, SPLITS
 from bpd_jax.errors import InputError
-from bpd_jax.launch import run
+from bpd_jax.launch import Parser, run
 from bpd_jax.terminal import plain_console, track
 from bpd_jax.vocabulary import NUM_SENTINELS, SentencePieceVocabulary
 
@@ -330,7 +329,7 @@ def _print_examples(task: str, split: str, num_examples: int) -> None:
 
 def main(argv: Sequence[str]) -> None:
   """Runs a command; see `--help`."""
-  parser = argparse.ArgumentParser(
+  parser = Parser(
       prog="python -m bpd_jax.data.docstrings", description=__doc__.splitlines()[0]
   )
   commands = parser.add_subparsers(dest="command", required=True)

@@ -17,9 +17,6 @@ from rich.progress import (
   TimeElapsedColumn,
   TimeRemainingColumn,
 )
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.summary import scalar
 
 from bpd_jax.errors import InputError
 from bpd_jax.folders import new_file
@@ -49,18 +46,16 @@ class MetricWriter:
     self._workdir = Path(workdir)
     self._path = self._workdir / JSONL_FILE
     folder = self._workdir / TENSORBOARD_FOLDER
+    # Imported late, as it takes seconds where PyTorch is installed.
+    from bpd_jax.training.tensorboard import EventFile
+
     try:
       lines = [json.dumps(line) + "\n" for line in read_metrics(workdir, step)]
       # A run that is killed here still has what was there.
       with new_file(self._path) as partial:
         partial.write_text("".join(lines), encoding="utf-8")
       folder.mkdir(exist_ok=True)
-      # Not SummaryWriter, whose thread ends at a full disk, whereupon adding blocks for ever.
-      self._events = EventsWriter(os.fspath(folder / "events"), f".{step}")
-      # Hides what a run that was killed wrote of later steps.
-      self._events.write_event(
-          Event(step=step + 1, session_log=SessionLog(status=SessionLog.START))
-      )
+      self._events = EventFile(folder, step)
     except OSError as error:
       raise self._unwritable(error) from error
 
@@ -78,11 +73,7 @@ class MetricWriter:
     try:
       with open(self._path, "a", encoding="utf-8") as file:
         file.write(json.dumps({"step": step, **figures}) + "\n")
-      for name, value in figures.items():
-        self._events.write_event(
-            Event(step=step, wall_time=time.time(), summary=scalar(name, value))
-        )
-      self._events.flush()
+      self._events.write(step, figures)
     except OSError as error:
       raise self._unwritable(error) from error
 
