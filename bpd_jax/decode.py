@@ -19,6 +19,7 @@ from rich.text import Text
 
 from bpd_jax.data.jsonl import parse_jsonl
 from bpd_jax.errors import InputError
+from bpd_jax.folders import local_path
 from bpd_jax.generation import Call, Generation, load
 from bpd_jax.launch import run
 from bpd_jax.vocabulary import Vocabulary
@@ -52,7 +53,7 @@ def read_prompts(prompts: Sequence[str], file: str | None, field: str | None) ->
     if file is None:
       text = sys.stdin.buffer.read().decode("utf-8")
     else:
-      with open(file, encoding="utf-8") as lines:
+      with open(local_path(file, "file"), encoding="utf-8") as lines:
         text = lines.read()
   except (OSError, UnicodeDecodeError) as error:
     raise InputError("file", source, "a UTF-8 text file that exists") from error
@@ -129,7 +130,7 @@ def save_picture(
   # Its fonts would be fetched; the reader's own will do.
   code = re.sub(r"@font-face \{\{.*?\}\}", "", CONSOLE_SVG_FORMAT, flags=re.DOTALL)
   try:
-    console.save_svg(path, title="bpd_jax", code_format=code)
+    console.save_svg(str(local_path(path, "svg")), title="bpd_jax", code_format=code)
   except OSError as error:
     raise InputError("svg", path, f"a path that can be written ({error.strerror})") from error
 

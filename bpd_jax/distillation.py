@@ -12,7 +12,7 @@ import numpy as np
 
 from bpd_jax.data.batches import cut_inputs, Dataset
 from bpd_jax.data.token_cache import TokenCache, write_cache
-from bpd_jax.generation import Generator
+from bpd_jax.generation import Generator, INPUT_BUCKETS
 from bpd_jax.training.metrics import shown
 
 # Examples in a part; a run that is killed loses one part at most.
@@ -71,7 +71,8 @@ def distil(
   def pairs(part: Sequence[int]) -> Iterator[tuple[list[int], list[int]]]:
     inputs = [cut_inputs(dataset[i][0], input_length, eos_id).tolist() for i in part]
     out = generator.generate(
-        inputs, "greedy", max_length=target_length, batch_size=batch_size
+        inputs, "greedy", max_length=target_length, batch_size=batch_size,
+        buckets=(*INPUT_BUCKETS, input_length),
     )
     yield from zip(inputs, (row.tolist() for row in out.tokens))
 

@@ -27,6 +27,7 @@ from rich.progress import (
   TimeRemainingColumn,
 )
 
+from bpd_jax.checkpoints import load_config
 from bpd_jax.data.jsonl import JsonlTask
 from bpd_jax.data.rows import rows_fingerprint, RowsTask
 from bpd_jax.decoding.rescoring import Scoring
@@ -35,12 +36,12 @@ from bpd_jax.errors import InputError
 from bpd_jax.evaluation.quality import check_metric, describe_quality
 from bpd_jax.evaluation.replay import record
 from bpd_jax.evaluation.report import analyse_task, make_report
-from bpd_jax.evaluation.run import GREEDY, measure_methods, Method
+from bpd_jax.evaluation.run import GREEDY, measure_methods, Method, method_identity
 from bpd_jax.evaluation.scoring import load_scoring
 from bpd_jax.evaluation.table import means_over_learned, print_results
 from bpd_jax.evaluation.tuning import tune, Tuned, Tuning
 from bpd_jax.folders import (
-    files_fingerprint,
+    contents_fingerprint,
     new_file,
     read_object,
     resumable_folder,
@@ -76,7 +77,7 @@ def evaluate(
     methods: how.
     output: a folder that doesn't exist yet, for `results.json` and
       `TASK.METHOD.jsonl`. An evaluation that was cut off goes on behind the last task that
-      it had finished, where nothing else has changed.
+      it had finished; where anything else has changed, it says what.
     batch_size: rows decoded together.
     max_decode_length: most tokens of an output.
     repeats: timed passes of each method.
@@ -97,6 +98,7 @@ def evaluate(
       greedy's and can't be near ties.
   """
   _check_names(tasks, methods)
+  load_config(checkpoint)
   if has_report and importlib.util.find_spec("matplotlib") is None:
     raise InputError("has_report", True, "False, as matplotlib isn't installed (extra report)")
   every = {task.name: task.rows() for task in tasks}
@@ -111,12 +113,13 @@ def evaluate(
       "device": describe_device(),
       "versions": versions(),
       "rows_fingerprint": rows_fingerprint(list(itertools.chain(*rows.values()))),
-      "checkpoint": checkpoint,
   }
   identity = {
-      **made_with, "source": source_fingerprint(),
-      "model_files": files_fingerprint(checkpoint), "dtype": dtype, "tasks": repr(tasks),
-      "how": repr(how),
+      **made_with, "bpd_jax": source_fingerprint(), "checkpoint": contents_fingerprint(checkpoint),
+      "dtype": dtype, "tasks": {task.name: _task_identity(task, every) for task in tasks},
+      "methods": {method.name: method_identity(method) for method in methods},
+      "batch_size": batch_size, "max_decode_length": max_decode_length, "repeats": repeats,
+      "tuning": None if tuning is None else tuning.identity(), "has_report": has_report,
   }
   console = Console()
   columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
@@ -138,6 +141,7 @@ def evaluate(
         )
     results = {
         **made_with,
+        "checkpoint": checkpoint,
         "git_revision": git_revision(),
         "dtype": model.config.dtype,
         "batch_size": batch_size,
@@ -176,6 +180,14 @@ class _How:
   repeats: int
   tuning: Tuning | Tuned | None
   has_report: bool
+
+
+def _task_identity(task: Task, rows: dict[str, list[dict[str, str]]]) -> dict[str, Any]:
+  """All that a task's results depend on, whatever its rows were read from."""
+  return {
+      "rows": rows_fingerprint(rows[task.name]), "split": task.split,
+      "main_metric": task.main_metric, "instruction": task.instruction,
+  }
 
 
 def _task_file(task: Task) -> str:

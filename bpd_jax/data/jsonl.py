@@ -7,6 +7,7 @@ from pathlib import Path
 import re
 
 from bpd_jax.errors import InputError
+from bpd_jax.folders import local_path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +43,11 @@ class JsonlTask:
       allowed = f"a regular expression ({error})"
       raise InputError(f"{self.name} instruction", self.instruction, allowed) from error
 
+  @property
+  def file(self) -> Path:
+    """The path on this machine."""
+    return local_path(self.path, f"JsonlTask {self.name} path")
+
   def rows(self) -> list[dict[str, str]]:
     """Reads the rows: `inputs`, and `targets` where the task has them.
 
@@ -53,7 +59,7 @@ class JsonlTask:
     if self.targets is not None:
       fields["targets"] = self.targets
     try:
-      text = Path(self.path).read_text(encoding="utf-8")
+      text = self.file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
       raise InputError(f"JsonlTask {self.name} path", self.path, "a UTF-8 text file") from error
     return parse_jsonl(text, fields, self.path, self.max_examples)
