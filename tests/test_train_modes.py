@@ -253,7 +253,7 @@ def test_inputs_longer_than_the_longest_bucket(rows, base, tmp_path):
     write_jsonl(tmp_path / f"{name}.jsonl", [{"inputs": 2100 * "ab", "targets": "b"}] * 4)
   assert run_heads(
       tmp_path, base, tmp_path / "run", MODE="distill", INPUT_LENGTH=4096, TARGET_LENGTH=4,
-      STEPS=1, NUM_DECODED=1, MAX_STATES=1, BATCH_SIZE=1,
+      STEPS=1, WARMUP_STEPS=0, NUM_DECODED=1, MAX_STATES=1, BATCH_SIZE=1,
   ) == 0
   lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
   assert lines[-1]["rows.validation/block_efficiency"] >= 1
@@ -262,7 +262,9 @@ def test_inputs_longer_than_the_longest_bucket(rows, base, tmp_path):
 def test_a_checkpoint_is_the_one_with_the_same_contents(rows, base, tmp_path, capsys):
   """Wherever it lies: a run goes on with it, and with no other."""
   shutil.copytree(base, tmp_path / "one")
-  options = {**HEADS, "STEPS": 2, "NUM_DECODED": 0, "MAX_STATES": 4}
+  options = HEADS | {
+      "STEPS": 2, "Optimizer__decay_steps": 9, "NUM_DECODED": 0, "MAX_STATES": 4
+  }
   command = lambda checkpoint: arguments(
       rows, tmp_path / "run", HEADS_FILES, CHECKPOINT=str(checkpoint), **options)
   assert run(command(tmp_path / "one")) == 0
