@@ -2,10 +2,9 @@
 
 `save_model` writes a folder whole or not at all; `load_model` restores every
 parameter straight into its sharding, after comparing what is on disk with what
-`model.json` asks for. Both take any path that Orbax takes on a local disk.
+`model.json` asks for. Both take a path on a local disk, without characters of patterns.
 """
 
-import os
 from pathlib import Path
 import shutil
 from typing import Any
@@ -16,7 +15,15 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from bpd_jax.errors import brief, InputError
-from bpd_jax.folders import check_new, new_folder, PathLike, read_object, write_object
+from bpd_jax.folders import (
+    array_path,
+    check_new,
+    local_path,
+    new_folder,
+    PathLike,
+    read_object,
+    write_object,
+)
 from bpd_jax.model.config import ModelConfig
 from bpd_jax.model.model import abstract_params, init_params
 from bpd_jax.partitioning import Partitioning, single_device
@@ -42,9 +49,10 @@ def save_model(
       folder is whole.
 
   Raises:
-    InputError: where the folder exists or can't be written, or the parameters
-      aren't the config's.
+    InputError: where the folder exists, can't be written or isn't readable afterwards,
+      or the parameters aren't the config's.
   """
+  array_path(folder)
   if not may_replace:
     check_new(folder)
   check_shapes(leaf_shapes(params), leaf_shapes_of(config))
@@ -53,6 +61,8 @@ def save_model(
     try:
       with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(partial / PARAMS_FOLDER, params)
+      name, leaf = min(_flatten(params).items(), key=lambda item: item[1].size)
+      read_back(partial / PARAMS_FOLDER, traverse_util.unflatten_dict({name: leaf}, sep="/"))
       if jax.process_index() == 0:
         write_object(partial / CONFIG_FILE, config.to_dict())
         if vocabulary_file is not None:
@@ -65,7 +75,7 @@ def save_model(
 
 def load_config(folder: PathLike) -> ModelConfig:
   """Reads `model.json` of a model folder; InputError where it doesn't hold a config."""
-  folder = Path(folder)
+  folder = local_path(folder, "model folder")
   if not folder.is_dir():
     raise InputError("model folder", str(folder), "a folder that exists")
   path = folder / CONFIG_FILE
@@ -107,11 +117,10 @@ def load_model(
         "param_dtype", "float64", "bfloat16, float16 or float32 unless jax_enable_x64 is on"
     )
   target = abstract_params(config, partitioning)
-  path = Path(os.path.abspath(folder)) / PARAMS_FOLDER
+  path = array_path(folder, "model folder") / PARAMS_FOLDER
   with ocp.StandardCheckpointer() as checkpointer:
     check_shapes(_shapes_on_disk(checkpointer, path), leaf_shapes(target))
-    for name, leaf in _flatten(target).items():
-      _check_divides(name, leaf)
+    partitioning.check_params(target)
     try:
       return config, checkpointer.restore(path, target)
     except Exception as error:  # Orbax raises a bare Exception for arrays that are cut.
@@ -156,11 +165,50 @@ def start_from(
   )
 
 
+def read_back(folder: Path, part: Any) -> None:
+  """Proves that what Orbax wrote is readable, by some of its arrays.
+
+  Of some paths Orbax says that all is well and writes what nobody can open. What opens one
+  array of a folder opens the others, so a small one will do.
+
+  Args:
+    folder: of the arrays.
+    part: some of what was written, in dicts of dicts.
+
+  Raises:
+    InputError: where an array can't be read, or isn't what was written.
+  """
+  places = jax.tree.map(
+      lambda leaf: ocp.ArrayRestoreArgs(sharding=leaf.sharding) if isinstance(leaf, jax.Array)
+      else ocp.RestoreArgs(restore_type=np.ndarray),
+      part,
+  )
+  shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), part)
+  try:
+    with ocp.PyTreeCheckpointer() as checkpointer:
+      found = checkpointer.restore(folder, ocp.args.PyTreeRestore(
+          item=shapes, restore_args=places, partial_restore=True
+      ))
+  except Exception as error:  # Orbax raises a bare Exception for arrays that are cut.
+    raise InputError(
+        "folder", str(folder), f"a path that can be read back ({brief(error)})"
+    ) from error
+  for wanted, leaf in zip(jax.tree.leaves(part), jax.tree.leaves(found)):
+    # Of arrays on several hosts each sees its own part.
+    if getattr(wanted, "is_fully_addressable", True) and (
+        np.asarray(wanted).tobytes() != np.asarray(leaf).tobytes()
+    ):
+      raise InputError("folder", str(folder), "a path that keeps what is written there")
+
+
 def check_vocabulary(path: PathLike | None) -> Path | None:
   """The path of a vocabulary that was given; InputError where it isn't a file."""
-  if path is not None and not Path(path).is_file():
+  if path is None:
+    return None
+  found = local_path(path, "vocabulary_file")
+  if not found.is_file():
     raise InputError("vocabulary_file", str(path), "a file that exists")
-  return None if path is None else Path(path)
+  return found
 
 
 def describe(config: ModelConfig, params: Any) -> str:
@@ -216,15 +264,3 @@ def _shapes_on_disk(checkpointer, path: Path) -> dict[str, tuple[int, ...]]:
   if metadata is None:
     raise InputError("params", str(path), "an Orbax folder with metadata")
   return leaf_shapes(metadata.tree)
-
-
-def _check_divides(name: str, leaf: jax.ShapeDtypeStruct) -> None:
-  """Raises InputError where a leaf can't be split evenly over its mesh axes."""
-  mesh = leaf.sharding.mesh
-  for size, axes in zip(leaf.shape, leaf.sharding.spec):
-    axes = (axes,) if isinstance(axes, str) else axes or ()
-    split = int(np.prod([mesh.shape[axis] for axis in axes]))
-    if size % split:
-      raise InputError(
-          f"{name} shape", leaf.shape, f"multiples of {split} on the mesh axes {axes}"
-      )

@@ -18,6 +18,7 @@ from rich.text import Text
 
 from bpd_jax.data.jsonl import decode_text, parse_jsonl, read_text, text_lines
 from bpd_jax.errors import InputError
+from bpd_jax.folders import local_path
 from bpd_jax.generation import Call, Generation, load
 from bpd_jax.launch import Parser, run
 from bpd_jax.terminal import plain_console
@@ -131,7 +132,7 @@ def save_picture(
   # Its fonts would be fetched; the reader's own will do.
   code = re.sub(r"@font-face \{\{.*?\}\}", "", CONSOLE_SVG_FORMAT, flags=re.DOTALL)
   try:
-    console.save_svg(path, title="bpd_jax", code_format=code)
+    console.save_svg(str(local_path(path, "svg")), title="bpd_jax", code_format=code)
   except OSError as error:
     raise InputError("svg", path, f"a path that can be written ({error.strerror})") from error
 

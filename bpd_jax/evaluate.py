@@ -28,6 +28,7 @@ from rich.progress import (
   TimeRemainingColumn,
 )
 
+from bpd_jax.checkpoints import load_config
 from bpd_jax.data.batches import cut_inputs
 from bpd_jax.data.jsonl import JsonlTask
 from bpd_jax.data.rows import rows_fingerprint, RowsTask
@@ -37,12 +38,12 @@ from bpd_jax.errors import InputError
 from bpd_jax.evaluation.quality import check_metric, describe_quality
 from bpd_jax.evaluation.replay import record
 from bpd_jax.evaluation.report import analyse_task, make_report
-from bpd_jax.evaluation.run import GREEDY, measure_methods, Method
+from bpd_jax.evaluation.run import GREEDY, measure_methods, Method, method_identity
 from bpd_jax.evaluation.scoring import load_scoring
 from bpd_jax.evaluation.table import means_over_learned, print_results
 from bpd_jax.evaluation.tuning import tune, Tuned, Tuning
 from bpd_jax.folders import (
-  files_fingerprint,
+  contents_fingerprint,
   new_file,
   read_object,
   resumable_folder,
@@ -89,7 +90,7 @@ def evaluate(
     methods: how.
     output: a folder that doesn't exist yet, for `results.json` and
       `TASK.METHOD.jsonl`. An evaluation that was cut off goes on behind the last task that
-      it had finished, where nothing else has changed.
+      it had finished; where anything else has changed, it says what.
     batch_size: rows decoded together.
     max_decode_length: most tokens of an output.
     repeats: timed passes of each method.
@@ -117,6 +118,7 @@ def evaluate(
   _check_names(tasks, methods)
   if unfit_rows not in UNFIT_ROWS:
     raise InputError("unfit_rows", unfit_rows, f"one of {UNFIT_ROWS}")
+  load_config(checkpoint)
   if has_report and importlib.util.find_spec("matplotlib") is None:
     raise InputError("has_report", True, "False, as matplotlib isn't installed (extra report)")
   placed = {task.name: task.placed_rows() for task in tasks}
@@ -133,13 +135,15 @@ def evaluate(
   made_with = {
       "device": describe_device(),
       "versions": versions(),
-      "checkpoint": checkpoint,
   }
   identity = {
       **made_with, "rows_fingerprint": rows_fingerprint([*itertools.chain(*every.values())]),
-      "source": source_fingerprint(),
-      "model_files": files_fingerprint(checkpoint), "dtype": dtype, "tasks": repr(tasks),
-      "how": repr(how),
+      "bpd_jax": source_fingerprint(), "checkpoint": contents_fingerprint(checkpoint),
+      "dtype": dtype, "tasks": {task.name: _task_identity(task, every) for task in tasks},
+      "methods": {method.name: method_identity(method) for method in methods},
+      "batch_size": batch_size, "max_decode_length": max_decode_length, "repeats": repeats,
+      "tuning": None if tuning is None else tuning.identity(), "has_report": has_report,
+      "unfit_rows": unfit_rows,
   }
   console = plain_console()
   columns = (description_column(), BarColumn(), MofNCompleteColumn(),
@@ -167,6 +171,7 @@ def evaluate(
         "rows_fingerprint": rows_fingerprint(
             [*itertools.chain(*(own.rows for own in read.values()))]
         ),
+        "checkpoint": checkpoint,
         "git_revision": git_revision(),
         "dtype": model.config.dtype,
         "batch_size": batch_size,
@@ -243,6 +248,14 @@ class _Rows:
     return ", ".join(
         f"{count} row{'s' * (count > 1)} {what}" for count, what in counts if count
     )
+
+
+def _task_identity(task: Task, rows: dict[str, list[dict[str, str]]]) -> dict[str, Any]:
+  """All that a task's results depend on, whatever its rows were read from."""
+  return {
+      "rows": rows_fingerprint(rows[task.name]), "split": task.split,
+      "main_metric": task.main_metric, "instruction": task.instruction,
+  }
 
 
 def _task_file(task: Task) -> str:

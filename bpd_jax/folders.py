@@ -1,11 +1,12 @@
-"""Folders and files that appear whole or not at all, and the JSON objects in them."""
+"""Paths as users give them; folders and files that appear whole or not at all; JSON in them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 import contextlib
 import hashlib
 import json
 import os
 from pathlib import Path
+import re
 import shutil
 from typing import Any
 
@@ -18,9 +19,45 @@ PathLike = str | os.PathLike
 IDENTITY_FILE = ".identity.json"
 
 
+# "gs://bucket/run", also where it has been a Path since; a drive has one letter.
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+# What Orbax takes for a pattern: it writes such folders in part, and can't read them.
+_PATTERN = re.compile(r"[*?\[\]]")
+
+
+def local_path(path: PathLike, field: str = "path") -> Path:
+  """A path as a user gives it: `~` is a home.
+
+  Args:
+    path: on a local disk.
+    field: what it is, for errors.
+
+  Raises:
+    InputError: where it is on something else, "gs://…", or there is no such home.
+  """
+  if _SCHEME.match(os.fspath(path)):
+    raise InputError(field, str(path), "a path on a local disk; others can't be read or written")
+  try:
+    return Path(path).expanduser()
+  except RuntimeError as error:
+    raise InputError(field, str(path), f"a path of a user that exists ({error})") from error
+
+
+def array_path(path: PathLike, field: str = "folder") -> Path:
+  """`local_path`, absolute, of a folder that Orbax reads or writes.
+
+  Raises:
+    InputError: see `local_path`; for characters that Orbax takes for a pattern.
+  """
+  absolute = Path(os.path.abspath(local_path(path, field)))
+  if _PATTERN.search(str(absolute)):
+    raise InputError(field, str(absolute), "a path without * ? [ ], which Orbax can't read back")
+  return absolute
+
+
 def check_new(folder: PathLike) -> None:
   """Raises InputError where something is at the path."""
-  if os.path.lexists(folder):
+  if os.path.lexists(local_path(folder, "folder")):
     raise InputError("folder", str(folder), "a path where nothing is yet")
 
 
@@ -57,19 +94,27 @@ def new_folder(folder: PathLike, *, may_replace: bool = False) -> Iterator[Path]
 def resumable_folder(folder: PathLike, identity: dict[str, Any]) -> Iterator[Path]:
   """A `new_folder` whose finished files outlive a block that was cut off.
 
-  The next block of the same identity finds them again; one of another identity begins
-  with nothing, as does one after a block that had written nothing.
+  The next block of the same identity finds them again, and one of another identity is
+  refused. A block that had finished nothing leaves nothing.
 
   Args:
     folder: the path, where nothing is yet.
     identity: what must be equal for files to be of use, ready for JSON.
+
+  Raises:
+    InputError: naming what differs from the identity of the block that was cut off.
   """
   check_new(folder)
   folder, partial = _place(folder)
   is_first = jax.process_index() == 0
   if is_first:
-    if _identity(partial) != identity:
+    found = _identity(partial)
+    if found is None:
       shutil.rmtree(partial, ignore_errors=True)
+    else:
+      check_identity(
+          "", found, identity, f"as when {folder} was begun; to begin anew, remove {partial}"
+      )
     _make(partial, folder)
     write_object(partial / IDENTITY_FILE, identity)
   _wait_for_all("begin")
@@ -86,7 +131,7 @@ def resumable_folder(folder: PathLike, identity: dict[str, Any]) -> Iterator[Pat
 
 def _place(folder: PathLike) -> tuple[Path, Path]:
   """The folder's path, and that of the hidden sibling that becomes it."""
-  folder = Path(os.path.abspath(folder))
+  folder = Path(os.path.abspath(local_path(folder, "folder")))
   return folder, folder.with_name(f".{folder.name}.partial")
 
 
@@ -126,7 +171,7 @@ def new_file(path: PathLike) -> Iterator[Path]:
   Yields a hidden sibling to write, which is renamed at the end, or removed where the
   block raises.
   """
-  path = Path(path)
+  path = local_path(path)
   partial = partial_file(path)
   try:
     yield partial
@@ -142,13 +187,56 @@ def partial_file(path: Path) -> Path:
   return path.with_name(f".{path.name}.partial")
 
 
-def files_fingerprint(folder: PathLike) -> str:
-  """Sixteen hexadecimal digits of all names, sizes and times below a folder, none of contents."""
-  stats = [
-      (str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns)
-      for path in sorted(Path(folder).rglob("*")) if path.is_file()
-  ]
-  return hashlib.sha256(repr(stats).encode()).hexdigest()[:16]
+def contents_fingerprint(path: PathLike) -> str:
+  """Sixteen hexadecimal digits of a file's contents, or of all names and contents in a folder.
+
+  They are the same wherever it lies and whenever it was written; a GB takes about a second.
+
+  Raises:
+    InputError: where it can't be read.
+  """
+  path = local_path(path)
+  digest = hashlib.sha256()
+  try:
+    if path.is_dir():
+      inside = sorted(file for file in path.rglob("*") if file.is_file())
+    else:
+      inside = [path]
+    for file in inside:
+      with open(file, "rb") as opened:
+        own = hashlib.file_digest(opened, "sha256").hexdigest()
+      digest.update(f"{file.relative_to(path).as_posix()} {own}\n".encode())
+  except OSError as error:
+    raise InputError("path", str(path), f"one that can be read ({error.strerror})") from error
+  return digest.hexdigest()[:16]
+
+
+def check_identity(
+    place: str, found: Mapping[str, Any], wanted: Mapping[str, Any], whose: str
+) -> None:
+  """Raises InputError naming the first field, by its dotted name, that isn't as it was.
+
+  Args:
+    place: stands before the field's name.
+    found: what was, as JSON has it.
+    wanted: what is asked for now.
+    whose: says of whom `found` is.
+  """
+  found, wanted = _flat(found), _flat(wanted)
+  for name in sorted(found.keys() | wanted.keys()):
+    if found.get(name) != wanted.get(name):
+      raise InputError(f"{place} {name}".strip(), wanted.get(name), f"{found.get(name)!r}, {whose}")
+
+
+def _flat(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+  """Nested fields by dotted names, as JSON has their values."""
+  flat = {}
+  for name, value in fields.items():
+    if isinstance(value, Mapping):
+      flat |= _flat(value, f"{prefix}{name}.")
+    else:
+      flat[prefix + name] = json.loads(json.dumps(value))
+  return flat
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -16,7 +16,6 @@ from collections.abc import Iterator, Sequence
 import contextlib
 import dataclasses
 import os
-from pathlib import Path
 import sys
 import time
 from typing import Any, TextIO
@@ -31,6 +30,7 @@ from rich.table import Table
 from bpd_jax.data.jsonl import json_lines, read_text
 from bpd_jax.data.token_cache import TokenCache
 from bpd_jax.errors import check_count, InputError
+from bpd_jax.folders import local_path
 from bpd_jax.launch import Parser, run
 from bpd_jax.ngram_lm.arpa import (
   check_vocabulary,
@@ -349,7 +349,7 @@ def write_text(sources: Sequence[str], file: TextIO, *, side: str = "targets") -
 
 def read_source(path: str, side: str, eos_id: int = 1) -> Source:
   """Reads a token cache, or the `tokens` of a JSONL file; InputError where it is neither."""
-  if os.path.isdir(path):
+  if local_path(path, "source").is_dir():
     cache = TokenCache(path)
     sequences = [cache[i][part] for i in range(len(cache)) for part in SIDES[side]]
     identity = cache.vocab_size, cache.vocabulary, cache.fingerprint
@@ -405,10 +405,10 @@ def common_vocabulary(
 
 def check_new(to: str) -> None:
   """InputError where a model can't be written to a path, or would replace something."""
-  for path in (Path(to), info_path(to)):
+  for path in (local_path(to, "to"), info_path(to)):
     if os.path.lexists(path):
       raise InputError("to", str(path), "a path where nothing is yet")
-  folder = Path(to).absolute().parent
+  folder = local_path(to).absolute().parent
   if not folder.is_dir() or not os.access(folder, os.W_OK):
     raise InputError("to", to, f"a path in a folder that can be written, and {folder} can't")
 

@@ -87,6 +87,22 @@ class Partitioning:
     rules = [(name, axes if name == "batch" else None) for name, axes in self.rules]
     return dataclasses.replace(self, rules=tuple(dict(rules).items()))
 
+  def check_params(self, params: Any) -> None:
+    """Raises InputError where a leaf can't be split evenly over its mesh axes.
+
+    Args:
+      params: a tree of dicts with `jax.ShapeDtypeStruct` leaves that have shardings.
+    """
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+      for size, axes in zip(leaf.shape, leaf.sharding.spec):
+        axes = (axes,) if isinstance(axes, str) else axes or ()
+        split = math.prod(self.mesh.shape[axis] for axis in axes)
+        if size % split:
+          name = jax.tree_util.keystr(path, simple=True, separator="/")
+          raise InputError(
+              f"{name} shape", leaf.shape, f"multiples of {split} on the mesh axes {axes}"
+          )
+
   def check_batch(self, batch_size: int) -> None:
     """Raises InputError where a batch doesn't divide over its mesh axes."""
     axes = dict(self.rules)["batch"]

@@ -28,7 +28,7 @@ from rich.table import Table
 
 from bpd_jax.data.rows import MAX_INPUT_TOKENS, MAX_TARGET_TOKENS, VOCABULARY_FILE
 from bpd_jax.errors import check_count, InputError
-from bpd_jax.folders import new_file
+from bpd_jax.folders import local_path, new_file
 from bpd_jax.launch import Parser, run
 from bpd_jax.terminal import description_column, plain_console
 from bpd_jax.vocabulary import (
@@ -101,7 +101,7 @@ def cache(
           task, split, info.data_version(), vocabulary.fingerprint, max_input_length,
           max_target_length, copies, seed,
       )
-      folder = Path(to) / f"{task}.{split}"
+      folder = local_path(to, "to") / f"{task}.{split}"
       if os.path.lexists(folder):
         seqio_cache.check_same(folder, request)
         print(f"{folder}: is there and whole")
@@ -182,7 +182,7 @@ def write_rows(
     InputError: where an argument is wrong, the data isn't there, or the file is or
       can't be written.
   """
-  if os.path.lexists(to):
+  if os.path.lexists(local_path(to, "to")):
     raise InputError("to", to, "a path where nothing is yet")
   count = 0
   try:
@@ -228,7 +228,9 @@ def print_tasks(data_dir: str | None = None, **corpus: Any) -> None:
 
 def read_vocabulary(path: str) -> Vocabulary:
   """Reads a SentencePiece model, ByT5's tokenizer_config.json, or that of a model folder."""
-  found = vocabulary_path(path) if os.path.isdir(path) else Path(path)
+  found = local_path(path, "vocabulary")
+  if found.is_dir():
+    found = vocabulary_path(found)
   if found is None or not found.is_file():
     raise InputError("vocabulary", path, "a SentencePiece model file, or a folder with one")
   return ByteVocabulary() if stored_name(found) == BYTES_FILE else SentencePieceVocabulary(found)

@@ -34,7 +34,7 @@ from bpd_jax.distillation import distil
 from bpd_jax.environment import describe_device, git_revision, versions
 from bpd_jax.errors import check_count, InputError
 from bpd_jax.evaluation.validation import Evaluation, metric_names, Validation
-from bpd_jax.folders import write_object
+from bpd_jax.folders import array_path, contents_fingerprint, local_path, write_object
 from bpd_jax.generation import Generator
 from bpd_jax.launch import print_error, read_gin, run
 from bpd_jax.model.config import ModelConfig
@@ -119,6 +119,8 @@ def train(
   """
   # --- what there is, and whether it fits together ---
   partitioning = partitioning or single_device()
+  array_path(workdir, "workdir")
+  workdir = str(local_path(workdir))
   if mode not in MODES:
     raise InputError("train.mode", mode, f"one of {tuple(MODES)}")
   if (config is None) == (checkpoint is None):
@@ -158,7 +160,9 @@ def train(
   fingerprints = {task: task_fingerprint(task) for task in read_tasks}
   identity = {
       # But for what only says how it is compiled.
-      "model": config.replace(scan_unroll=1).to_dict(), "checkpoint": checkpoint,
+      "model": config.replace(scan_unroll=1).to_dict(),
+      # Where it lies doesn't count, nor when it was copied there.
+      "checkpoint": None if checkpoint is None else contents_fingerprint(checkpoint),
       "has_fresh_heads": has_fresh_heads,
       "mode": mode, "rates": rates, "batch_size": batch_size, "input_length": input_length,
       "target_length": target_length, "is_packed": is_packed,
@@ -264,8 +268,8 @@ def run_vocabulary(
   own = None if checkpoint is None else vocabulary_path(checkpoint)
   if path is None and own is None:
     raise InputError("train.vocabulary", None, "a vocabulary file")
-  path = path and shipped_vocabulary(path)
-  words = open_vocabulary(path or own, vocab_size)
+  path = own if path is None else shipped_vocabulary(path)
+  words = open_vocabulary(path, vocab_size)
   if own is not None:
     expected = open_vocabulary(own, vocab_size).fingerprint
     if words.fingerprint != expected:
@@ -273,7 +277,7 @@ def run_vocabulary(
           "train.vocabulary", f"{path}, {words.fingerprint}",
           f"None, or {expected}, the checkpoint's",
       )
-  return words, path or own
+  return words, path
 
 
 def check_output_rates(

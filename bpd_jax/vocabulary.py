@@ -12,13 +12,12 @@ from pathlib import Path
 import re
 
 from bpd_jax.errors import InputError
+from bpd_jax.folders import local_path, PathLike
 
 SENTENCEPIECE_FILE = "spiece.model"
 BYTES_FILE = "tokenizer_config.json"
 BYTES_CLASS = "ByT5Tokenizer"
 NUM_SENTINELS = 100
-
-PathLike = str | os.PathLike
 
 _SENTINEL = re.compile(r"<extra_id_(\d{1,2})>")
 
@@ -105,7 +104,8 @@ Vocabulary = SentencePieceVocabulary | ByteVocabulary
 
 def vocabulary_path(folder: PathLike) -> Path | None:
   """The file that holds a folder's vocabulary, None where it has none."""
-  sentencepiece, byte = (Path(folder) / name for name in (SENTENCEPIECE_FILE, BYTES_FILE))
+  folder = local_path(folder)
+  sentencepiece, byte = (folder / name for name in (SENTENCEPIECE_FILE, BYTES_FILE))
   if sentencepiece.is_file():
     return sentencepiece
   return byte if _is_bytes(byte) else None
@@ -138,7 +138,8 @@ def open_vocabulary(path: PathLike, vocab_size: int) -> Vocabulary:
   Raises:
     InputError: where the file can't be read or has more pieces than the model.
   """
-  if _is_bytes(Path(path)):
+  path = local_path(path, "vocabulary")
+  if _is_bytes(path):
     vocabulary, num_ids = ByteVocabulary(), ByteVocabulary.size
   else:
     vocabulary = SentencePieceVocabulary(path)
@@ -150,7 +151,7 @@ def open_vocabulary(path: PathLike, vocab_size: int) -> Vocabulary:
 
 def stored_name(path: PathLike) -> str:
   """The name that a vocabulary file gets in a model folder."""
-  return BYTES_FILE if _is_bytes(Path(path)) else SENTENCEPIECE_FILE
+  return BYTES_FILE if _is_bytes(local_path(path)) else SENTENCEPIECE_FILE
 
 
 def _is_bytes(path: Path) -> bool:

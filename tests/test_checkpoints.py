@@ -167,22 +167,19 @@ def test_finished_files_outlive_a_cut(tmp_path):
 
   go_on({"seed": 1}, False, set())
   go_on({"seed": 1}, False, {"part 0"})
-  go_on({"seed": 2}, False, set())  # Another identity finds nothing and leaves nothing of it.
-  go_on({"seed": 1}, False, set())
-  go_on({"seed": 1}, True, {"part 0"})
-  assert sorted(os.listdir(tmp_path / "results")) == ["part 0", "part 1"]
+  # Another identity is refused, and takes nothing away.
+  with pytest.raises(InputError, match="^seed = 2: allowed is 1, as when .*/results was begun; to "
+                     r"begin anew, remove .*/\.results\.partial$"):
+    go_on({"seed": 2}, False, set())
+  with pytest.raises(InputError, match="^more.x = 3: allowed is None, as when"):
+    go_on({"seed": 1, "more": {"x": 3}}, False, set())
+  go_on({"seed": 1}, True, {"part 0", "part 1"})
+  assert sorted(os.listdir(tmp_path / "results")) == ["part 0", "part 1", "part 2"]
   with pytest.raises(InputError, match="a path where nothing is yet"):
     go_on({"seed": 1}, True, set())
   shutil.rmtree(tmp_path / "results")
   go_on({"seed": 0}, False, set())  # Nothing was written.
   assert not os.listdir(tmp_path)
-
-
-def test_files_fingerprint_sees_another_file(saved):
-  before = folders.files_fingerprint(saved)
-  assert folders.files_fingerprint(saved) == before
-  os.utime(saved / checkpoints.CONFIG_FILE, ns=(1, 1))
-  assert folders.files_fingerprint(saved) != before
 
 
 def test_unwritable_place_is_an_input_error(tmp_path, params):

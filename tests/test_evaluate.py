@@ -1,6 +1,7 @@
 """Evaluation of a model folder: figures recomputed by hand, files, and bad input."""
 
 import copy
+import importlib
 import io
 import json
 import os
@@ -23,12 +24,17 @@ from bpd_jax.errors import InputError
 from bpd_jax.evaluate import evaluate, main
 from bpd_jax.evaluation.quality import edit_similarity, exact_match, rouge_l
 from bpd_jax.evaluation.run import describe_generation, measure_methods, Method
+from bpd_jax.evaluation.scoring import NeuralSource, NgramSource
 from bpd_jax.evaluation.table import means_over_learned, print_results
 from bpd_jax.evaluation.tuning import Tuning
 from bpd_jax.generation import Call, Generation, load
 from bpd_jax.launch import read_gin_files, run
 from bpd_jax.model.config import ModelConfig
 from bpd_jax.model.model import init_params
+from bpd_jax.ngram_lm.arpa import write_arpa
+from bpd_jax.ngram_lm.backoff import join_sequences
+from bpd_jax.ngram_lm.counts import count_grams
+from bpd_jax.ngram_lm.smoothing import kneser_ney
 from bpd_jax.partitioning import single_device
 from bpd_jax.programs import num_compilations
 
@@ -284,10 +290,16 @@ def test_existing_output_is_refused(model_folder, rows_file, tmp_path):
     evaluate(str(model_folder), [JsonlTask("rows", str(rows_file))], [], str(tmp_path))
 
 
-def test_output_that_cannot_be_written_is_refused_before_the_model_is_read(rows_file, tmp_path):
+def test_output_that_cannot_be_written_is_refused_before_the_model_is_read(
+    model_folder, rows_file, tmp_path
+):
   (tmp_path / "file").write_text("")
+  (tmp_path / "model").mkdir()
+  shutil.copy(model_folder / "model.json", tmp_path / "model")  # No parameters.
   with pytest.raises(InputError, match="folder = .*file/out': allowed is a path that can be writt"):
-    evaluate("absent", [JsonlTask("rows", str(rows_file))], [], str(tmp_path / "file/out"))
+    evaluate(
+        str(tmp_path / "model"), [JsonlTask("rows", str(rows_file))], [], str(tmp_path / "file/out")
+    )
 
 
 def test_an_evaluation_that_was_cut_off_goes_on(
@@ -320,13 +332,81 @@ def test_an_evaluation_that_was_cut_off_goes_on(
       ["results.json"] + [f"{task}.{method}.jsonl" for task in ("first", "second")
                           for method in ("greedy", "blockwise")]
   )
-  shutil.rmtree(tmp_path / "out")
-  # Other settings begin anew.
-  del measured[:]
+
+
+DRAFTER = '''
+import dataclasses
+from bpd_jax.decoding.drafters.empty import EmptyDrafter
+
+@dataclasses.dataclass(frozen=True)
+class Mine(EmptyDrafter):
+  depth: int = 0
+'''
+
+
+def test_an_evaluation_that_was_cut_off_goes_on_with_the_same_contents_alone(
+    model_folder, tmp_path, monkeypatch
+):
+  """Files that moved are the same; one that was edited under its name is named."""
+  here = tmp_path / "here"
+  shutil.copytree(model_folder, here / "model")
+  shutil.copytree(model_folder, here / "small")
+  (here / "model/spare.json").write_text("spare")
+  (here / "rows.jsonl").write_text('{"inputs": "one row"}\n')
+  sequences = [np.array([3, 4, 5]), np.array([4, 5])]
+  counts = count_grams(join_sequences(sequences, CONFIG.vocab_size), 2, CONFIG.vocab_size)
+  ngrams = kneser_ney(counts, (1, 1))
+  write_arpa(here / "two.arpa", ngrams, {})
+  (here / "mine.py").write_text(DRAFTER)
+  monkeypatch.syspath_prepend(here)
+  mine = importlib.import_module("mine")
+
+  def measure(*args, label, **options):
+    if label == "second":
+      raise KeyboardInterrupt
+    return measure_methods(*args, label=label, **options)
+
+  monkeypatch.setattr("bpd_jax.evaluate.measure_methods", measure)
+
+  def run_it(folder, **options):
+    tasks = [JsonlTask(name, str(folder / "rows.jsonl")) for name in ("first", "second")]
+    methods = [
+        Method("ngrams", top_k=2, scorers=(NgramSource(str(folder / "two.arpa")),)),
+        Method("neural", top_k=2, scorers=(NeuralSource(str(folder / "small")),)),
+        Method("mine", mine.Mine()),
+    ]
+    evaluate(f"{folder / 'model'}/", tasks, methods, str(tmp_path / "out"),
+             max_decode_length=4, **({"repeats": 1} | options))
+
   with pytest.raises(KeyboardInterrupt):
-    run_it([first, second])
-  run_it([first, second], batch_size=2)
-  assert measured == ["first", "cut", "first", "second"]
+    run_it(here)
+  there = tmp_path / "there"
+  shutil.copytree(here, there)
+  with pytest.raises(KeyboardInterrupt):  # It goes on, and is cut off again.
+    run_it(there)
+  with pytest.raises(InputError, match="^repeats = 2: allowed is 1, as when .*/out was begun; to"):
+    run_it(there, repeats=2)
+
+  def refuses(name, field):
+    """Changes a file, its size and times as they were."""
+    path = there / name
+    data, times = path.read_bytes(), path.stat()
+    path.write_bytes(data.replace(b"e", b"f"))
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    with pytest.raises(InputError, match=f"^{field} = .*: allowed is .*, as when .*/out was begun"):
+      run_it(there)
+    path.write_bytes(data)
+
+  refuses("model/spare.json", "checkpoint")
+  refuses("small/model.json", r"methods\.neural\.scorers")
+  refuses("two.arpa", r"methods\.ngrams\.scorers")
+  refuses("two.json", r"methods\.ngrams\.scorers")
+  (there / "rows.jsonl").write_text('{"inputs": "no row"}\n')
+  with pytest.raises(InputError, match="^rows_fingerprint = .*, as when .*/out was begun"):
+    run_it(there)
+  (here / "mine.py").write_text(DRAFTER + "# another\n")
+  with pytest.raises(InputError, match=r"^methods\.mine\.module = '\w{16}': allowed is '\w{16}'"):
+    run_it(there)
 
 
 def test_tasks_that_are_only_measured_share_programs(
@@ -351,7 +431,7 @@ def test_tasks_that_are_only_measured_share_programs(
 def test_missing_checkpoint_leaves_no_output(rows_file, tmp_path):
   with pytest.raises(InputError, match="^model folder = 'absent': allowed is a folder that exis"):
     evaluate("absent", [JsonlTask("rows", str(rows_file))], [], str(tmp_path / "new/out"))
-  assert os.listdir(tmp_path / "new") == []
+  assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("line, message", [

@@ -1,14 +1,18 @@
 """Bad input of `python -m bpd_jax.train`: one line, before anything is compiled or written."""
 
+import os
 import re
 import shutil
 
+from devices import device_flags
 from jax import monitoring
 import pytest
 from train_runs import (
   arguments,
   cut,
   error_of,
+  run,
+  start,
 )
 
 from bpd_jax import launch, train
@@ -119,6 +123,48 @@ def test_a_runs_folder_is_printed_as_it_is(rows, tmp_path, capsys):
   with pytest.raises(SystemExit):
     launch.run(train.main, joint(tmp_path / "rows", workdir))
   assert capsys.readouterr().out.startswith(f"new run in {workdir}; ")
+
+
+@pytest.mark.parametrize("which", ["train", "validation"])
+def test_a_row_that_has_no_ids_leaves_the_folder_unclaimed(rows, tmp_path, capsys, which):
+  """A lone surrogate is JSON, and in no vocabulary."""
+  shutil.copytree(rows, tmp_path / "rows")
+  path = tmp_path / f"rows/{which}.jsonl"
+  with path.open("a") as file:
+    file.write('{"inputs": "a", "targets": "b\\ud83d"}\n')
+  argv = joint(tmp_path / "rows", tmp_path / "run")
+  assert re.search(r"surrogate", error_of(argv, capsys))
+  assert not (tmp_path / "run").exists()
+
+
+def test_shapes_that_a_mesh_cannot_split_leave_the_folder_unclaimed(rows, tmp_path):
+  """601 pieces or 3 heads over two devices, found before anything is compiled."""
+  cases = {
+      ("VOCAB_SIZE", 261): "embedding shape = (261, 16): allowed is multiples of 2 on the mesh",
+      ("ModelConfig.num_heads", 3): "decoder/relpos_bias/rel_embedding shape = (3, 32): allowed is",
+  }
+  for (name, value), message in cases.items():
+    argv = joint(rows, tmp_path / "run", MODEL_PARALLEL=2, **{name: value})
+    process = start(argv, env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": device_flags(2)})
+    _, errors = process.communicate()
+    assert process.returncode == 2 and errors.startswith(f"error: {message}"), errors
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("workdir, message", [
+    ("gs://bucket/run", "workdir = 'gs://bucket/run': allowed is a path on a local disk"),
+    ("{}/run[1]", r"workdir = '{}/run\[1\]': allowed is a path without \* \? \[ \], which Orbax"),
+])
+def test_a_workdir_that_cannot_be_one(rows, tmp_path, capsys, workdir, message):
+  argv = joint(rows, workdir.format(tmp_path))
+  assert re.match(message.format(tmp_path), error_of(argv, capsys))
+  assert os.listdir(tmp_path) == []
+
+
+def test_a_workdir_in_a_home(rows, tmp_path, monkeypatch):
+  monkeypatch.setenv("HOME", str(tmp_path))
+  assert run(joint(rows, "~/run", STEPS=1, NUM_DECODED=0)) == 0
+  assert (tmp_path / "run/model/model.json").is_file() and not os.path.lexists("~")
 
 
 def test_nothing_is_compiled_for_bad_input(rows, tmp_path, capsys):

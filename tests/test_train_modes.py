@@ -1,6 +1,7 @@
 """Heads behind a frozen base, on what people wrote and on the base's own outputs."""
 
 import json
+import os
 import re
 import shutil
 
@@ -15,6 +16,7 @@ from train_runs import (
     HEADS_FILES,
     last_state,
     run,
+    write_jsonl,
 )
 
 from bpd_jax import generation
@@ -243,3 +245,40 @@ def test_a_base_model_without_parallel_heads_has_nothing_to_train(rows, base, tm
                    **(HEADS | {"BLOCK_SIZE": 1}))
   message = "ModelConfig.block_size = 1: allowed is 2 or more in mode 'heads_only'"
   assert error_of(argv, capsys) == message
+
+
+def test_inputs_longer_than_the_longest_bucket(rows, base, tmp_path):
+  """They are decoded for the heads to learn from, and at an evaluation."""
+  for name in ("train", "validation"):
+    write_jsonl(tmp_path / f"{name}.jsonl", [{"inputs": 2100 * "ab", "targets": "b"}] * 4)
+  assert run_heads(
+      tmp_path, base, tmp_path / "run", MODE="distill", INPUT_LENGTH=4096, TARGET_LENGTH=4,
+      STEPS=1, WARMUP_STEPS=0, NUM_DECODED=1, MAX_STATES=1, BATCH_SIZE=1,
+  ) == 0
+  lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+  assert lines[-1]["rows.validation/block_efficiency"] >= 1
+
+
+def test_a_checkpoint_is_the_one_with_the_same_contents(rows, base, tmp_path, capsys):
+  """Wherever it lies: a run goes on with it, and with no other."""
+  shutil.copytree(base, tmp_path / "one")
+  options = HEADS | {
+      "STEPS": 2, "Optimizer__decay_steps": 9, "NUM_DECODED": 0, "MAX_STATES": 4
+  }
+  command = lambda checkpoint: arguments(
+      rows, tmp_path / "run", HEADS_FILES, CHECKPOINT=str(checkpoint), **options)
+  assert run(command(tmp_path / "one")) == 0
+  before = last_state(tmp_path / "run")[1]
+  # Moved, named with a slash at its end, touched: the same.
+  (tmp_path / "one").rename(tmp_path / "two")
+  os.utime(tmp_path / "two/model.json", ns=(1, 1))
+  options["STEPS"] = 3
+  assert run(command(f"{tmp_path / 'two'}/")) == 0
+  assert last_state(tmp_path / "run")[0] == 3
+  # Another under the name that it had.
+  config, params = load_model(base, single_device())
+  params["encoder"]["norm"]["scale"] = params["encoder"]["norm"]["scale"] + 1
+  save_model(tmp_path / "one", config, params, rows / "tokenizer_config.json")
+  message = r"workdir .*/run checkpoint = '\w{16}': allowed is '\w{16}', of the run that the fold"
+  assert re.match(message, error_of(command(tmp_path / "one"), capsys))
+  assert last_state(tmp_path / "run")[0] == 3 and before

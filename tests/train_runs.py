@@ -84,10 +84,8 @@ def error_of(argv, capsys):
 def start(argv, module="bpd_jax.train", **options):
   """Starts a command in a process of its own."""
   options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options}
-  return subprocess.Popen(
-      [sys.executable, "-m", module, *argv], cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"},
-      **options,
-  )
+  options.setdefault("env", {**os.environ, "JAX_PLATFORMS": "cpu"})
+  return subprocess.Popen([sys.executable, "-m", module, *argv], cwd=ROOT, **options)
 
 
 def last_state(workdir):

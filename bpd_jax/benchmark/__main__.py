@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 import dataclasses
 import json
-from pathlib import Path
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
@@ -17,6 +16,7 @@ from bpd_jax.benchmark.rescoring import (
 )
 from bpd_jax.benchmark.train import measure_training, print_training_report, TrainOptions
 from bpd_jax.errors import InputError
+from bpd_jax.folders import local_path
 from bpd_jax.launch import Parser, run
 from bpd_jax.model.config import ModelConfig
 from bpd_jax.terminal import description_column, plain_console
@@ -65,8 +65,10 @@ def main(argv: Sequence[str]) -> None:
   options = COMMANDS[command][0](**{
       name: tuple(value) if isinstance(value, list) else value for name, value in args.items()
   })
-  if file is not None and not Path(file).resolve().parent.is_dir():
-    raise InputError("json", file, "a file in a folder that exists")
+  if file is not None:
+    file = local_path(file, "json")
+    if not file.resolve().parent.is_dir():
+      raise InputError("json", str(file), "a file in a folder that exists")
   pin_cores(options.threads)
   config = ModelConfig(block_size=BLOCK_SIZE if command == "decode" else 1)
   if command == "train":
@@ -101,7 +103,7 @@ def main(argv: Sequence[str]) -> None:
         "machine": machine, "model": config.to_dict(), "options": dataclasses.asdict(options),
         **figures,
     }
-    Path(file).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    file.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Tasks for training, opened as datasets of token ids."""
 
+from collections.abc import Iterator
 import dataclasses
 import hashlib
 from pathlib import Path
@@ -12,6 +13,7 @@ from bpd_jax.data.jsonl import JsonlTask
 from bpd_jax.data.rows import rows_fingerprint, RowsTask
 from bpd_jax.data.token_cache import TokenCache, write_cache
 from bpd_jax.errors import InputError
+from bpd_jax.folders import local_path
 from bpd_jax.vocabulary import Vocabulary
 
 TextTask = JsonlTask | RowsTask | GrammarTask
@@ -34,7 +36,7 @@ class CachedTask:
   @property
   def path(self) -> Path:
     """The cache's own folder."""
-    return Path(self.folder) / self.name
+    return local_path(self.folder, "CachedTask.folder") / self.name
 
 
 class First:
@@ -79,10 +81,11 @@ def check_task(task: CachedTask | TextTask, vocabulary: Vocabulary) -> None:
   """
   if isinstance(task, CachedTask):
     open_task(task, vocabulary, Path())
-  elif isinstance(task, JsonlTask):
-    if task.targets is None:
-      raise InputError(f"JsonlTask {task.name} targets", None, "a field of the file")
-    task.rows()
+    return
+  if isinstance(task, JsonlTask) and task.targets is None:
+    raise InputError(f"JsonlTask {task.name} targets", None, "a field of the file")
+  for _ in _encoded(task, vocabulary):
+    pass
 
 
 def open_task(
@@ -112,17 +115,27 @@ def open_task(
   path = folder / f"{task_label(task)}_{fingerprint or task_fingerprint(task)}"
   if path.is_dir():
     return TokenCache(path)
-  # EOS is id 1 in all of T5's vocabularies.
-  encode = lambda text: [*vocabulary.encode(text), 1]
   return write_cache(
-      path, ((encode(row["inputs"]), encode(row["targets"])) for row in task.rows()),
-      task=task.name, split=task.split, vocabulary=vocabulary,
+      path, _encoded(task, vocabulary), task=task.name, split=task.split, vocabulary=vocabulary
   )
+
+
+def _encoded(task: TextTask, vocabulary: Vocabulary) -> Iterator[tuple[list[int], list[int]]]:
+  """Inputs and targets of each row; InputError naming a row that has no ids."""
+  for number, row in enumerate(task.rows(), start=1):
+    try:
+      # EOS is id 1 in all of T5's vocabularies.
+      inputs, targets = ([*vocabulary.encode(row[name]), 1] for name in ("inputs", "targets"))
+    except ValueError as error:  # A lone surrogate is in no encoding.
+      raise InputError(
+          f"{task_label(task)} row {number}", error, "texts that can be written in UTF-8"
+      ) from error
+    yield inputs, targets
 
 
 def _file_hash(task: JsonlTask) -> str:
   try:
-    with open(task.path, "rb") as file:
+    with open(task.file, "rb") as file:
       return hashlib.file_digest(file, "sha256").hexdigest()
   except OSError as error:
     raise InputError(

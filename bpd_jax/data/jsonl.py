@@ -8,7 +8,7 @@ import re
 from typing import Any
 
 from bpd_jax.errors import check_text, InputError
-from bpd_jax.folders import PathLike
+from bpd_jax.folders import local_path, PathLike
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +44,11 @@ class JsonlTask:
       allowed = f"a regular expression ({error})"
       raise InputError(f"{self.name} instruction", self.instruction, allowed) from error
 
+  @property
+  def file(self) -> Path:
+    """The path on this machine."""
+    return local_path(self.path, f"JsonlTask {self.name} path")
+
   def rows(self) -> list[dict[str, str]]:
     """Reads the rows: `inputs`, and `targets` where the task has them.
 
@@ -73,7 +78,7 @@ def read_text(path: PathLike, field: str) -> str:
     InputError: naming the path where it can't be read, and the line that isn't UTF-8.
   """
   try:
-    data = Path(path).read_bytes()
+    data = local_path(path, field).read_bytes()
   except OSError as error:
     raise InputError(field, str(path), f"a UTF-8 text file ({error.strerror})") from error
   return decode_text(data, str(path))

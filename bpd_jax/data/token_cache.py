@@ -10,13 +10,11 @@ the training process wouldn't need otherwise.
 
 from collections.abc import Iterable, Sequence
 import hashlib
-import os
-from pathlib import Path
 
 import numpy as np
 
 from bpd_jax.errors import InputError
-from bpd_jax.folders import new_folder, read_object, write_object
+from bpd_jax.folders import local_path, new_folder, PathLike, read_object, write_object
 from bpd_jax.vocabulary import Vocabulary
 
 INFO_FILE = "cache.json"
@@ -24,8 +22,6 @@ TOKENS_FILE = "tokens.bin"
 ENDS_FILE = "ends.npy"
 # Ids that are gathered before they are written.
 CHUNK = 1 << 20
-
-PathLike = str | os.PathLike
 
 
 class TokenCache:
@@ -41,7 +37,7 @@ class TokenCache:
 
   def __init__(self, folder: PathLike):
     """Opens; InputError where the folder isn't a whole cache."""
-    folder = Path(folder)
+    folder = local_path(folder, "token cache")
     if not folder.is_dir():
       raise InputError("token cache", str(folder), "a folder from python -m bpd_jax.prepare")
     info = read_object(folder / INFO_FILE)

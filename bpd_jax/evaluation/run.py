@@ -7,6 +7,7 @@ after one untimed pass that compiles.
 
 from collections.abc import Mapping, Sequence
 import dataclasses
+import sys
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,14 @@ from bpd_jax.errors import InputError
 from bpd_jax.evaluation.bootstrap import ratio_interval
 from bpd_jax.evaluation.exactness import check_differences, Difference, find_differences
 from bpd_jax.evaluation.quality import is_looping
-from bpd_jax.evaluation.scoring import describe_source, is_oracle, load_scoring, Source
+from bpd_jax.evaluation.scoring import (
+    describe_source,
+    is_oracle,
+    load_scoring,
+    Source,
+    source_identity,
+)
+from bpd_jax.folders import contents_fingerprint
 from bpd_jax.generation import Generation, Generator
 
 
@@ -71,6 +79,19 @@ class Method:
   def wants_references(self) -> bool:
     """Whether it reads greedy's output."""
     return self.method == "reference" or is_oracle(self.scorers)
+
+
+def method_identity(method: Method) -> dict[str, Any]:
+  """All that a method's results depend on: its fields, the contents of its scorers' files,
+  and of the module of a drafter of one's own."""
+  fields = {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}
+  if not isinstance(method.method, str):
+    module = sys.modules[type(method.method).__module__]
+    # A drafter that was typed into an interpreter has no file.
+    source = getattr(module, "__file__", None)
+    fields["method"] = repr(method.method)
+    fields["module"] = None if source is None else contents_fingerprint(source)
+  return fields | {"scorers": [source_identity(source) for source in method.scorers]}
 
 
 GREEDY = Method("greedy", "greedy")

@@ -15,8 +15,9 @@ from bpd_jax.decoding.scorers.ngram import ngram_params, NgramParams, NgramScore
 from bpd_jax.decoding.scorers.no_repeat import NoRepeatScorer
 from bpd_jax.decoding.scorers.reference import ReferenceScorer
 from bpd_jax.errors import InputError
+from bpd_jax.folders import contents_fingerprint
 from bpd_jax.generation import Generator, load
-from bpd_jax.ngram_lm.arpa import read_arpa
+from bpd_jax.ngram_lm.arpa import info_path, read_arpa
 from bpd_jax.partitioning import Partitioning
 from bpd_jax.small_model import neural_scoring
 
@@ -131,6 +132,18 @@ class OracleSource:
 
 
 Source = NgramSource | NeuralSource | CacheSource | NoRepeatSource | OracleSource
+
+
+def source_identity(source: Source) -> dict[str, Any]:
+  """`describe_source` with the contents of files in place of their paths."""
+  fields = describe_source(source)
+  if isinstance(source, NeuralSource):
+    fields["checkpoint"] = contents_fingerprint(source.checkpoint)
+  if isinstance(source, NgramSource):
+    about = info_path(source.arpa)
+    fields["arpa"] = contents_fingerprint(source.arpa)
+    fields["arpa_json"] = contents_fingerprint(about) if about.is_file() else None
+  return fields
 
 
 def load_scoring(

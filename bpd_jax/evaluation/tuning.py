@@ -20,7 +20,7 @@ from bpd_jax.errors import InputError
 from bpd_jax.evaluation.replay import count_calls, Recording
 from bpd_jax.evaluation.run import describe_method, Method
 from bpd_jax.evaluation.scoring import NoRepeatSource, OracleSource
-from bpd_jax.folders import read_object
+from bpd_jax.folders import contents_fingerprint, local_path, read_object
 from bpd_jax.generation import Generator
 
 PAPER_GRID = (0.1, 0.5, 0.75, 0.9, 1.0, 1.1, 1.5, 2.0, 5.0, 10.0)
@@ -60,6 +60,10 @@ class Tuning:
     """See `split_rows`; every task is split alike."""
     return split_rows(inputs, self.num_rows)
 
+  def identity(self) -> dict[str, Any]:
+    """All that the choice depends on beside rows and scorers."""
+    return dataclasses.asdict(self)
+
 
 @dataclasses.dataclass(frozen=True)
 class Tuned:
@@ -73,9 +77,17 @@ class Tuned:
 
   folder: str
 
+  def identity(self) -> dict[str, Any]:
+    """What was chosen, wherever it lies."""
+    return {"results": contents_fingerprint(self._folder / "results.json")}
+
+  @property
+  def _folder(self) -> Path:
+    return local_path(self.folder, "Tuned.folder")
+
   @functools.cached_property
   def _tasks(self) -> dict[str, Any]:
-    return read_object(Path(self.folder) / "results.json")["tasks"]
+    return read_object(self._folder / "results.json")["tasks"]
 
   def task(self, name: str) -> dict[str, Any]:
     """What it found of a task; InputError where it wasn't evaluated, or not tuned."""
@@ -91,7 +103,7 @@ class Tuned:
       InputError: for a task without tuned weights, or where no row would be reported.
     """
     self.task(task)
-    outputs = JsonlTask(task, str(Path(self.folder) / f"{task}.greedy.jsonl"))
+    outputs = JsonlTask(task, str(self._folder / f"{task}.greedy.jsonl"))
     known = {row["inputs"] for row in outputs.rows()}
     reported = [i for i, text in enumerate(inputs) if text in known]
     if not reported:

@@ -12,7 +12,7 @@ from bpd_jax.data.batches import cut_inputs, Dataset, in_order
 from bpd_jax.data.datasets import CachedTask, task_label, TextTask
 from bpd_jax.errors import check_count
 from bpd_jax.evaluation.quality import is_looping
-from bpd_jax.generation import Generator
+from bpd_jax.generation import Generator, INPUT_BUCKETS
 from bpd_jax.training.loss import head_losses
 from bpd_jax.training.step import place_batch, Step
 from bpd_jax.vocabulary import Vocabulary
@@ -105,6 +105,7 @@ class Evaluation:
         [cut_inputs(row, most, config.eos_id).tolist() for row in inputs],
         "blockwise" if config.block_size > 1 else "greedy",
         max_length=self._lengths["target_length"], batch_size=self._batch_size,
+        buckets=(*INPUT_BUCKETS, most),
     )
     same = [np.array_equal(row, target) for row, target in zip(out.tokens, targets)]
     looping = [is_looping(row.tolist()) for row in out.tokens]

@@ -19,7 +19,14 @@ from safetensors.numpy import save_file
 
 from bpd_jax.checkpoints import check_shapes, check_vocabulary, leaf_shapes, leaf_shapes_of
 from bpd_jax.errors import InputError
-from bpd_jax.folders import check_new, new_folder, PathLike, read_object, write_object
+from bpd_jax.folders import (
+    check_new,
+    local_path,
+    new_folder,
+    PathLike,
+    read_object,
+    write_object,
+)
 from bpd_jax.model.config import ModelConfig
 from bpd_jax.vocabulary import stored_name
 
@@ -104,7 +111,7 @@ def import_model(
     InputError: naming the file, field or tensor that isn't as it should be.
       Every shape is checked before anything is converted.
   """
-  folder = Path(folder)
+  folder = local_path(folder, "folder")
   if not folder.is_dir():
     raise InputError("folder", str(folder), "a folder that exists")
   fields = read_object(folder / CONFIG_FILE)

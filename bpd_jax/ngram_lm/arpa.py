@@ -18,7 +18,7 @@ import zlib
 import numpy as np
 
 from bpd_jax.errors import InputError
-from bpd_jax.folders import new_file, PathLike, read_object, write_object
+from bpd_jax.folders import local_path, new_file, PathLike, read_object, write_object
 from bpd_jax.ngram_lm.backoff import BackOff, gram_tokens, LOG_ZERO, sorted_grams, unigrams
 from bpd_jax.ngram_lm.counts import MAX_ORDER
 
@@ -33,7 +33,7 @@ Say = Callable[[str], None]
 
 def info_path(path: PathLike) -> Path:
   """NAME.json for NAME.arpa and NAME.arpa.gz."""
-  path = Path(path)
+  path = local_path(path)
   name = path.name.removesuffix(".gz").removesuffix(".arpa")
   return path.with_name(f"{name}.json")
 
@@ -53,7 +53,7 @@ def write_arpa(
   Raises:
     InputError: where the file can't be written.
   """
-  path = Path(path)
+  path = local_path(path)
   words = [str(i) for i in range(model.vocab_size)]
   words[model.start_id], words[model.eos_id] = START, EOS
   is_zipped = path.suffix == ".gz"
@@ -146,7 +146,7 @@ def read_arpa(
   Raises:
     InputError: naming the file, and the line where it is one that is wrong.
   """
-  path = Path(path)
+  path = local_path(path)
   check_vocabulary(path, vocabulary)
   info = read_info(path) or {}
   vocab_size = vocab_size or info.get("vocab_size")

@@ -8,15 +8,19 @@ that a run that is killed while it evaluates has lost nothing.
 from collections.abc import Mapping, Sequence
 import math
 import os
-from pathlib import Path
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
+from bpd_jax.checkpoints import read_back
 from bpd_jax.errors import brief, InputError
+from bpd_jax.folders import array_path
 
 FOLDER = "checkpoints"
+# What Orbax calls the one thing of a step.
+STATE = "default"
 
 
 class Checkpoints:
@@ -34,7 +38,8 @@ class Checkpoints:
     """Opens the run's folder `checkpoints`, and clears what a killed run left half written."""
     self.figures = dict(figures or {})
     self._is_higher_better = is_higher_better
-    self._folder = Path(os.path.abspath(workdir)) / FOLDER
+    self._folder = array_path(workdir, "workdir") / FOLDER
+    self._is_proved = False
     try:
       self._manager = ocp.CheckpointManager(
           self._folder,
@@ -74,10 +79,14 @@ class Checkpoints:
     return {max(steps, default=None), self.best_of(steps)}
 
   def save(self, step: int, state: Any) -> None:
-    """Begins to write a state; waits for the one before.
+    """Begins to write a state; waits for the one before, and the first time until it is read.
+
+    Args:
+      step: its number.
+      state: a dict or dataclass.
 
     Raises:
-      InputError: where the disk is full or can't be written.
+      InputError: where the disk is full, can't be written, or can't be read back.
     """
     if self._manager.latest_step() == step:
       return
@@ -85,6 +94,13 @@ class Checkpoints:
       self._manager.save(step, args=ocp.args.StandardSave(state), force=True)
     except (OSError, ValueError) as error:
       raise self._unwritable(error) from error
+    if not self._is_proved:
+      self.wait()
+      parts = state if isinstance(state, dict) else vars(state)
+      size = lambda part: sum(leaf.size for leaf in jax.tree.leaves(part))
+      name = min(filter(lambda name: size(parts[name]), parts), key=lambda name: size(parts[name]))
+      read_back(self._folder / str(step) / STATE, {name: parts[name]})
+      self._is_proved = True
 
   def tidy(self) -> None:
     """Waits, and deletes all states but the last one and the best one."""

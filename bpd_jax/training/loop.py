@@ -21,7 +21,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from bpd_jax.errors import check_count, InputError
-from bpd_jax.folders import new_file, partial_file, read_object, write_object
+from bpd_jax.folders import (
+    check_identity,
+    new_file,
+    partial_file,
+    read_object,
+    write_object,
+)
 from bpd_jax.training.checkpointing import Checkpoints
 from bpd_jax.training.loss import head_losses
 from bpd_jax.training.metrics import Display, MetricWriter, read_metrics
@@ -122,13 +128,10 @@ def open_run(workdir: str | os.PathLike, identity: Mapping[str, Any]) -> Iterato
   is_new, has_begun = not os.path.lexists(folder), (folder / RUN_FILE).is_file()
   leftovers = {LOCK_FILE, partial_file(folder / RUN_FILE).name}
   if has_begun:
-    found, wanted = _flat(read_object(folder / RUN_FILE)), _flat(identity)
-    for name in sorted(found.keys() | wanted.keys()):
-      if found.get(name) != wanted.get(name):
-        raise InputError(
-            f"workdir {folder} {name}", wanted.get(name),
-            f"{found.get(name)!r}, of the run that the folder holds",
-        )
+    check_identity(
+        f"workdir {folder}", read_object(folder / RUN_FILE), identity,
+        "of the run that the folder holds",
+    )
   elif not is_new and (not folder.is_dir() or {*os.listdir(folder)} - leftovers):
     raise InputError("workdir", str(folder), f"a new folder, or one with a {RUN_FILE}")
   try:
@@ -383,14 +386,3 @@ class _Stop:
 
 def _unwritable(folder: Path, error: OSError) -> InputError:
   return InputError("workdir", str(folder), f"a path that can be written ({error.strerror})")
-
-
-def _flat(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-  """Nested fields by dotted names, as JSON has their values."""
-  flat = {}
-  for name, value in fields.items():
-    if isinstance(value, Mapping):
-      flat |= _flat(value, f"{prefix}{name}.")
-    else:
-      flat[prefix + name] = list(value) if isinstance(value, tuple) else value
-  return flat

@@ -111,6 +111,7 @@ class Step:
     self._model = EncoderDecoder(config, partitioning)
     self._transform = optimizer.make()
     params = abstract_params(config, partitioning)
+    partitioning.check_params(params)
     self.abstract_state = self._place(jax.eval_shape(self._init, params), params)
     self._shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
     self._step = jax.jit(
