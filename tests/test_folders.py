@@ -113,7 +113,7 @@ def test_what_is_written_to_a_home_is_read_from_it(home):
   assert ngram.read_source("~/caches/toy", "targets").vocab_size == vocabulary.size
   (home / "rows.jsonl").write_text('{"inputs": "a"}\n')
   assert JsonlTask("rows", "~/rows.jsonl").rows() == [{"inputs": "a"}]
-  assert decode.read_prompts([], "~/rows.jsonl", "inputs") == ["a"]
+  assert [*decode.read_prompts([], "~/rows.jsonl", "inputs").values()] == ["a"]
   write_to("~/x")
   assert sorted(os.listdir(home)) == ["caches", "rows.jsonl", "x"]
   assert os.listdir(".") == []

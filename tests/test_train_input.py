@@ -133,7 +133,8 @@ def test_a_row_that_has_no_ids_leaves_the_folder_unclaimed(rows, tmp_path, capsy
   with path.open("a") as file:
     file.write('{"inputs": "a", "targets": "b\\ud83d"}\n')
   argv = joint(tmp_path / "rows", tmp_path / "run")
-  assert re.search(r"surrogate", error_of(argv, capsys))
+  message = rf"{re.escape(str(path))}:\d+ targets = 'b\\ud83d': allowed is text in UTF-8, where"
+  assert re.match(message, error_of(argv, capsys))
   assert not (tmp_path / "run").exists()
 
 
