@@ -1,9 +1,10 @@
 """Which distributions the corpus is read from, under which licence, for which split.
 
 A distribution stands wholly in one split. All licences are permissive; what is
-under another one (certifi, hypothesis, tqdm: MPL) isn't listed, and neither are
-forks of the standard library (simplejson, importlib_metadata), which would leak
-the test split into training.
+under another one (certifi, hypothesis, tqdm: MPL) or under several (docutils)
+isn't listed. Neither are forks of the standard library (simplejson, setuptools)
+and copies of SciPy's docstrings (CuPy), which would leak the test split into
+training, nor more than two distributions of one family.
 """
 
 import dataclasses
@@ -11,7 +12,7 @@ import re
 
 STANDARD_LIBRARY = "python"
 LICENCES = frozenset({
-    "Apache-2.0", "BSD-2-Clause", "BSD-3-Clause", "HPND", "MIT", "PSF-2.0", "matplotlib",
+    "Apache-2.0", "BSD-2-Clause", "BSD-3-Clause", "HPND", "ISC", "MIT", "PSF-2.0", "matplotlib",
 })
 SPLITS = ("train", "validation", "test")
 
@@ -34,26 +35,34 @@ class Source:
 _BY_SPLIT = {
     "train": {
         "Apache-2.0": (
-            "absl-py cirq-core clu diffusers dm-tree etils flax gin-config grpcio "
-            "huggingface_hub jax keras ml_collections nltk optax optree orbax-checkpoint "
-            "packaging prometheus_client pyarrow pyglove qiskit requests rustworkx seqio "
-            "stevedore tensorflow tensorflow-datasets tensorflow-metadata "
-            "tensorflow-probability tensorflow-text tensorstore torchmetrics transformers "
-            "treescope xarray"
+            "absl-py accelerate apache-airflow-core arviz blackjax cirq-core cirq-google clu "
+            "coverage cvxpy datasets diffusers dm-tree etils flax gin-config gpflow grpcio "
+            "huggingface_hub jax keras kornia lightning luigi ml_collections mlflow monai neutron "
+            "nltk nova numpyro optax optree orbax-checkpoint packaging peft pennylane prefect "
+            "prometheus_client pyarrow pyglove pymc pyro-ppl qiskit requests rustworkx seqio "
+            "stevedore tensorflow tensorflow-datasets tensorflow-metadata tensorflow-probability "
+            "tensorflow-text tensorstore torchmetrics transformers treescope xarray"
         ),
-        "BSD-2-Clause": "decorator patsy Pygments wrapt",
+        "BSD-2-Clause": (
+            "decorator fabric ImageIO invoke mkdocs patsy Pygments Sphinx torchaudio wrapt"
+        ),
         "BSD-3-Clause": (
-            "astropy click cloudpickle dask dill fsspec gast h5py Jinja2 joblib mne mpmath "
-            "numpy pandas partd pooch protobuf psutil python-dateutil scikit-learn "
-            "statsmodels sympy threadpoolctl toolz torch"
+            "altair astropy bokeh Cartopy celery click cloudpickle control dask dill Django Flask "
+            "fsspec gammapy gast geopandas h5py holoviews httpx hvplot hyperopt ipython Jinja2 "
+            "joblib kombu lmfit MetPy mne mpmath napari nbconvert numpy pandas panel partd Pint "
+            "pooch protobuf psutil pyglet python-dateutil scikit-image scikit-learn statsmodels "
+            "sympy threadpoolctl toolz torch torchvision traitlets vispy Werkzeug yt"
         ),
         "HPND": "pillow",
-        "MIT": (
-            "anyio attrs botorch docstring_parser einops fonttools formulaic gpytorch "
-            "linear_operator narwhals opt_einsum platformdirs pluggy pydantic pyparsing "
-            "pytest PyYAML rich simple-parsing termcolor typer urllib3"
-        ),
+        "ISC": "librosa",
         "matplotlib": "matplotlib",
+        "MIT": (
+            "anyio arcade attrs azure-core black botorch dash deepchem docstring_parser einops "
+            "fonttools formulaic gpytorch jedi Kivy langchain-core lightkurve linear_operator "
+            "llama-index-core mypy narwhals opt_einsum optuna parso platformdirs pluggy polars "
+            "pydantic pymatgen pyparsing pyproj pytest pyvista PyYAML rich simple-parsing simpy "
+            "termcolor trimesh Twisted typer urllib3 virtualenv wandb zarr"
+        ),
     },
     "validation": {"BSD-3-Clause": "networkx", "MIT": "SQLAlchemy"},
     "test": {"BSD-3-Clause": "scipy", "PSF-2.0": STANDARD_LIBRARY},
