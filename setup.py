@@ -47,12 +47,6 @@ EXTRAS = {
         "tensorflow-datasets>=4.9.10,<5",
         "tensorflow-text>=2.21,<2.22",
     ],
-    # Further sources of the `docstrings` corpus; nothing imports them.
-    "corpus": [
-        "SQLAlchemy", "astropy", "botorch", "cirq-core", "dask", "diffusers", "matplotlib", "mne",
-        "pandas", "qiskit", "scikit-learn", "statsmodels", "tensorflow-probability",
-        "torchmetrics", "xarray",
-    ],
 }
 # Tests of the core; `make test-newest` has these alone.
 EXTRAS["test-core"] = ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6"]

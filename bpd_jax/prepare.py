@@ -59,6 +59,7 @@ def cache(
     max_target_length: int = MAX_TARGET_TOKENS,
     copies: int = 1,
     seed: int = 0,
+    max_examples: int | None = None,
     **corpus: Any,
 ) -> None:
   """Writes a cache for each task and split.
@@ -74,7 +75,8 @@ def cache(
     max_input_length: longer inputs are cut.
     max_target_length: examples with longer targets are left out.
     copies: passes over the data, for tasks that add noise.
-    seed: of the noise.
+    seed: of the noise, and of the choice of examples.
+    max_examples: how many of each split, at random; all if None.
     **corpus: manifest and environment, see `seqio_tasks.register`.
 
   Raises:
@@ -84,6 +86,8 @@ def cache(
   check_count("max_input_length", max_input_length)
   check_count("max_target_length", max_target_length)
   check_count("copies", copies)
+  if max_examples is not None:
+    check_count("max_examples", max_examples)
   vocabulary = read_vocabulary(vocabulary_file)
   import_quietly()
   from bpd_jax.data import seqio_cache, seqio_tasks
@@ -99,7 +103,7 @@ def cache(
       check_split(task, split)
       request = seqio_cache.Request(
           task, split, info.data_version(), vocabulary.fingerprint, max_input_length,
-          max_target_length, copies, seed,
+          max_target_length, copies, seed, max_examples,
       )
       folder = local_path(to, "to") / f"{task}.{split}"
       if os.path.lexists(folder):
@@ -341,7 +345,7 @@ def main(argv: Sequence[str]) -> None:
         f"--max-{side}-length", type=int, default=default, metavar="N",
         help=f"most tokens of {side}s, EOS included (default {default})",
     )
-  reading.add_argument("--seed", type=int, default=0, help="of noise and order (default 0)")
+  reading.add_argument("--seed", type=int, default=0, help="of noise, choice and order (default 0)")
   commands.add_parser("list", parents=[common], help="show tasks and mixtures")
   examples = commands.add_parser("examples", parents=[common, reading], help="show a task's rows")
   examples.add_argument("task")
@@ -362,6 +366,10 @@ def main(argv: Sequence[str]) -> None:
       "--copies", type=int, default=1, metavar="N",
       help="passes over text with different noise (default 1)",
   )
+  write.add_argument(
+      "--max-examples", type=int, metavar="N",
+      help="how many of each split, at random (default all)",
+  )
   args = parser.parse_args(argv)
   # Making a folder asks JAX which process this is; that needn't take an accelerator.
   jax.config.update("jax_platforms", "cpu")
@@ -377,7 +385,8 @@ def main(argv: Sequence[str]) -> None:
   else:
     cache(
         args.tasks, args.to, args.split, max_input_length=lengths[0],
-        max_target_length=lengths[1], copies=args.copies, **reading,
+        max_target_length=lengths[1], copies=args.copies, max_examples=args.max_examples,
+        **reading,
     )
 
 

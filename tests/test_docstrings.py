@@ -8,9 +8,15 @@ import sys
 
 import pytest
 
-from bpd_jax.data import docstrings
+from bpd_jax.data import docstrings, rows
 from bpd_jax.data.extraction import Record
-from bpd_jax.data.manifest import Environment, MANIFEST_FILE, read_manifest, write_manifest
+from bpd_jax.data.manifest import (
+  CORPUS_VARIABLE,
+  Environment,
+  MANIFEST_FILE,
+  read_manifest,
+  write_manifest,
+)
 from bpd_jax.data.sources import Source, SPLITS
 from bpd_jax.errors import InputError
 
@@ -20,6 +26,8 @@ SOURCES = (
     Source("gamma", "BSD-3-Clause", "validation"),
     Source("python", "PSF-2.0", "test"),
 )
+# Shipped models and rows rest on its ids.
+VOCABULARY_DIGEST = "11e67798de38a27b317ff2baf0ceb2432484175b4da52cb8e9a945edfbf68b30"
 LEAK = " ".join(f"word{i}" for i in range(30))
 FILES = {
     "alpha/core.py": (
@@ -194,6 +202,47 @@ def test_what_is_no_manifest_is_one_line(tmp_path, content):
     read_manifest(tmp_path / "manifest")
 
 
+def test_distributions_can_lie_in_a_folder_that_is_only_read(
+    tmp_path, environment, manifest, monkeypatch, capsys
+):
+  changed, packages = change(environment, tmp_path)
+  for info in packages.glob("*.dist-info"):
+    shutil.rmtree(info) if info.name != "gamma-7.dist-info" else None
+  other = tmp_path / "other"
+  monkeypatch.setattr(sys, "path", [str(packages)])
+  monkeypatch.delenv(CORPUS_VARIABLE, raising=False)
+  monkeypatch.setattr(docstrings, "read_manifest", lambda: manifest)
+
+  def requirements():
+    docstrings.main(["requirements"])
+    return capsys.readouterr().out.splitlines()
+
+  # What has another version is wanted as well, the standard library never.
+  assert requirements() == ["Alpha-Pkg==1.2", "beta==0.3"]
+  metadata = packages / "gamma-7.dist-info" / "METADATA"
+  metadata.write_text(metadata.read_text().replace("Version: 7", "Version: 8"))
+  assert requirements() == ["Alpha-Pkg==1.2", "beta==0.3", "gamma==7"]
+  shutil.copytree(environment.search_path[0], other)
+  monkeypatch.setenv(CORPUS_VARIABLE, str(other))
+  assert requirements() == []
+  found = dataclasses.replace(Environment(), stdlib=environment.stdlib, python_version="3.99.1")
+  assert found.search_path == (str(other), str(packages))
+  corpus = docstrings.build(manifest, found)
+  assert docstrings.fingerprint(corpus.records) == manifest.fingerprint
+  monkeypatch.setenv(CORPUS_VARIABLE, str(tmp_path / "absent"))
+  with pytest.raises(InputError, match="^BPD_JAX_CORPUS = .*absent': allowed is a folder"):
+    Environment()
+
+
+def test_shipping_keeps_the_vocabulary(tmp_path, manifest, environment):
+  docstrings.write_shipped(docstrings.build(manifest, environment), tmp_path)
+  assert {path.name for path in tmp_path.iterdir()} == {
+      f"{task}.{split}.jsonl.gz" for task in rows.TASKS for split in rows.NUM_ROWS
+  }
+  digest = hashlib.sha256(rows.VOCABULARY_FILE.read_bytes()).hexdigest()
+  assert digest == VOCABULARY_DIGEST
+
+
 def test_records_that_differ_from_the_manifest_are_refused(manifest, environment, monkeypatch):
   monkeypatch.setattr(docstrings.cleaning, "drop_duplicates", list)
   with pytest.raises(InputError, match="^corpus fingerprint = .*the program .* has changed"):
@@ -252,7 +301,7 @@ def decode(row):
   return Record.from_dict({**fields, "parameters": parameters})
 
 
-# Reads 16,000 files of the extras `data`, `test` and `corpus`: over two minutes.
+# Reads all distributions of the manifest, see docs/data.md: minutes.
 @pytest.mark.slow
 def test_installed_corpus_is_the_manifests():
   corpus = docstrings.build()

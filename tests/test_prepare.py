@@ -104,6 +104,29 @@ def test_copies_of_text_follow_each_other(tmp_path, data_dir, small):
   assert len(twice) == 2 * len(once) and twice[len(once) :] != once
 
 
+def test_some_examples_are_drawn_at_random_from_those_that_fit(tmp_path, capsys):
+  def write(name, *more):
+    prepare.main([
+        "cache", "grammar", "--to", str(tmp_path / name), "--split", "validation",
+        "--max-target-length", "40", *more,
+    ])
+    return pairs(tmp_path / name / "grammar.validation")
+
+  full = write("all")
+  some, again, other = (
+      write(name, "--max-examples", "50", "--seed", seed)
+      for name, seed in (("some", "0"), ("again", "0"), ("other", "1"))
+  )
+  assert len(some) == len(other) == 50 and some == again
+  places = [full.index(pair) for pair in some]
+  assert len(set(places)) == 50 and max(places) > len(full) / 2
+  assert sorted(some) != sorted(other)
+  assert write("most", "--max-examples", "9999") != full
+  assert sorted(pairs(tmp_path / "most" / "grammar.validation")) == sorted(full)
+  with pytest.raises(InputError, match="max_examples = 50: allowed is 60, as asked"):
+    write("some", "--max-examples", "60")
+
+
 def test_a_cache_that_is_there_is_left_alone_if_it_is_the_same(tmp_path, capsys):
   arguments = ["cache", "grammar", "--to", str(tmp_path), "--split", "validation"]
   prepare.main(arguments)
@@ -180,6 +203,7 @@ def test_a_disk_that_is_full_leaves_nothing(tmp_path, monkeypatch):
     (["cache", "grammar", "--copies", "2"], "^copies = 2: allowed is 1 for grammar"),
     (["cache", "grammar", "--copies", "0"], "^copies = 0: allowed is a positive integer"),
     (["cache", "grammar", "--max-input-length", "0"], "^max_input_length = 0"),
+    (["cache", "grammar", "--max-examples", "0"], "^max_examples = 0"),
     (["cache", "grammar", "--vocabulary", "absent"], "^vocabulary = 'absent': "),
     (["cache", "grammar", "--vocabulary", "tests"], "^vocabulary = 'tests': "),
     (["cache", "grammar", "--vocabulary", "setup.py"], "^vocabulary = 'setup.py': "),

@@ -372,7 +372,7 @@ def test_registering_again_replaces(vocabulary, data_dir, small, tasks):
 
 
 def test_data_has_a_version(tasks, small):
-  assert tasks["docstring_lm"].data_version() == f"docstrings:1.0.0 {small[0].fingerprint}"
+  assert tasks["docstring_lm"].data_version() == f"docstrings:1.1.0 {small[0].fingerprint}"
   assert tasks["squad"].data_version() == "squad/v1.1:3.0.0"
   assert tasks["grammar"].data_version() == ""
 

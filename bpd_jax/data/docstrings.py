@@ -31,6 +31,7 @@ from bpd_jax.data.manifest import (
   Environment,
   Manifest,
   MANIFEST_FILE,
+  missing,
   read_files,
   read_manifest,
   write_manifest,
@@ -249,10 +250,11 @@ def train_vocabulary(
 
 
 def write_shipped(corpus: Corpus, folder: Path) -> None:
-  """Writes the vocabulary, and the rows of all tasks that fit it, into a folder."""
-  path = folder / rows.VOCABULARY_FILE.name
-  path.write_bytes(train_vocabulary(corpus.records["train"]))
-  vocabulary = SentencePieceVocabulary(path)
+  """Writes the rows of all tasks that fit the shipped vocabulary into a folder.
+
+  The vocabulary itself stays: models and caches rest on its ids.
+  """
+  vocabulary = SentencePieceVocabulary(rows.VOCABULARY_FILE)
   for task in rows.TASKS:
     train = () if task == "grammar" else rows.task_rows(task, corpus.records["train"])
     targets = {row["targets"] for row in train}
@@ -334,8 +336,11 @@ def main(argv: Sequence[str]) -> None:
   )
   commands = parser.add_subparsers(dest="command", required=True)
   commands.add_parser("check", help="compare files and records with the manifest")
+  commands.add_parser(
+      "requirements", help="print what the manifest names and isn't installed, as pip reads it"
+  )
   commands.add_parser("statistics", help="count what each step leaves, and each task's rows")
-  ship = commands.add_parser("ship", help="train the vocabulary, choose the evaluation rows")
+  ship = commands.add_parser("ship", help="choose the evaluation rows")
   ship.add_argument("--to", default=rows.FILES, type=Path, metavar="DIR")
   examples = commands.add_parser("examples", help="print examples of a task")
   examples.add_argument("task", choices=rows.TASKS)
@@ -350,6 +355,9 @@ def main(argv: Sequence[str]) -> None:
     files = sum(len(entry.files) for entry in manifest.entries)
     print(f"{args.to}: {len(manifest.entries)} distributions, {files:,} files, "
           f"fingerprint {manifest.fingerprint}")
+  elif args.command == "requirements":
+    for entry in missing(read_manifest(), Environment()):
+      print(f"{entry.distribution}=={entry.version}")
   elif args.command == "check":
     corpus = build()
     counts = ", ".join(f"{len(corpus.records[split]):,} {split}" for split in SPLITS)

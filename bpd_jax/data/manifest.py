@@ -1,8 +1,9 @@
 """The manifest: every file of the corpus with its SHA-256, and what they must give.
 
-A gzipped JSONL file: a header, then one line a distribution. Files are found in
-the running environment through importlib.metadata; nothing that the manifest
-doesn't name counts, and a file that is missing or differs is an InputError.
+A gzipped JSONL file: a header, then one line a distribution. Files are found
+through importlib.metadata, in the running environment and in folders that
+distributions were put into to be read and never imported; nothing that the
+manifest doesn't name counts, and a file that is missing or differs is an InputError.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +23,17 @@ from bpd_jax.data.sources import is_read, LICENCES, SPLITS, STANDARD_LIBRARY
 from bpd_jax.errors import InputError
 
 MANIFEST_FILE = Path(__file__).parent / "files" / "manifest.jsonl.gz"
+# Names the folder, or several, that distributions were put into only to be read.
+CORPUS_VARIABLE = "BPD_JAX_CORPUS"
+
+
+def _search_path() -> tuple[str, ...]:
+  """Folders that `CORPUS_VARIABLE` names, then those that Python imports from."""
+  folders = [name for name in os.environ.get(CORPUS_VARIABLE, "").split(os.pathsep) if name]
+  for folder in folders:
+    if not os.path.isdir(folder):
+      raise InputError(CORPUS_VARIABLE, folder, "a folder that distributions are installed in")
+  return (*folders, *sys.path)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,12 +41,13 @@ class Environment:
   """Where distributions are looked for.
 
   Attributes:
-    search_path: folders that packages are installed in, the first match wins.
+    search_path: folders that packages are installed in, the first match wins; those
+      that $BPD_JAX_CORPUS names and Python's own by default.
     stdlib: folder of the standard library.
     python_version: its version.
   """
 
-  search_path: tuple[str, ...] = dataclasses.field(default_factory=lambda: tuple(sys.path))
+  search_path: tuple[str, ...] = dataclasses.field(default_factory=_search_path)
   stdlib: str = dataclasses.field(default_factory=lambda: sysconfig.get_path("stdlib"))
   python_version: str = dataclasses.field(default_factory=platform.python_version)
 
@@ -132,6 +145,15 @@ def write_jsonl(path: str | os.PathLike, rows: Sequence[Mapping[str, Any]]) -> N
   """Writes gzipped JSONL without a name or time in it."""
   text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
   Path(path).write_bytes(gzip.compress(text.encode("utf-8"), mtime=0))
+
+
+def missing(manifest: Manifest, environment: Environment) -> list[Entry]:
+  """Distributions that aren't installed at the manifest's version; pip can't fetch Python's own."""
+  return [
+      entry for entry in manifest.entries
+      if entry.distribution != STANDARD_LIBRARY
+      and environment.version(entry.distribution) != entry.version
+  ]
 
 
 def read_files(entry: Entry, environment: Environment) -> Iterator[tuple[str, bytes]]:

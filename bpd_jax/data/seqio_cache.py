@@ -7,6 +7,7 @@ this module imports TensorFlow.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 import dataclasses
+import itertools
 from pathlib import Path
 import shutil
 
@@ -35,7 +36,9 @@ class Request:
     max_input_length: tokens, EOS included; longer inputs are cut.
     max_target_length: tokens, EOS included; examples with longer targets are left out.
     copies: passes over the data; where a task adds noise, each has its own.
-    seed: of the noise.
+    seed: of the noise, and of the choice where not all are wanted.
+    max_examples: how many, drawn at random from those that fit; all of them, in
+      their order, if None.
   """
 
   task: str
@@ -46,11 +49,15 @@ class Request:
   max_target_length: int
   copies: int = 1
   seed: int = 0
+  max_examples: int | None = None
 
 
 @dataclasses.dataclass
 class TooLong:
-  """Examples that didn't fit: with inputs that were cut, and left out for their targets."""
+  """Examples that didn't fit: with inputs that were cut, and left out for their targets.
+
+  Only those that were read are counted.
+  """
 
   cut: int = 0
   left_out: int = 0
@@ -79,11 +86,12 @@ def write_task(
   lengths = request.max_input_length, request.max_target_length
   too_long = TooLong()
   examples = task_examples(
-      request.task, request.split, lengths, copies=request.copies, seed=request.seed
+      request.task, request.split, lengths, copies=request.copies, seed=request.seed,
+      is_shuffled=request.max_examples is not None,
   )
+  fitting = itertools.islice(fit(examples, lengths, too_long), request.max_examples)
   written = write_cache(
-      folder, track(fit(examples, lengths, too_long)), task=request.task, split=request.split,
-      vocabulary=vocabulary,
+      folder, track(fitting), task=request.task, split=request.split, vocabulary=vocabulary
   )
   try:
     write_object(folder / REQUEST_FILE, dataclasses.asdict(request))

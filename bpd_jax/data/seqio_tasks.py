@@ -162,7 +162,7 @@ ABOUT = MappingProxyType({
 })
 # Text to pretrain on: TFDS name, splits. Docstrings' is the code with its docstring.
 CORPORA = MappingProxyType({
-    "docstring_text": ("docstrings:1.0.0", SPLITS), "c4": ("c4/en:3.1.0", ("train", "validation"))
+    "docstring_text": ("docstrings:1.1.0", SPLITS), "c4": ("c4/en:3.1.0", ("train", "validation"))
 })
 # Relative rates; a function computes them from the task.
 _BY_SIZE = functools.partial(seqio.mixing_rate_num_examples, maximum=100_000)

@@ -28,8 +28,8 @@ class Docstrings(tfds.core.GeneratorBasedBuilder):
     InputError: where the folder holds the records of another manifest.
   """
 
-  VERSION = tfds.core.Version("1.0.0")
-  RELEASE_NOTES = {"1.0.0": "First manifest."}
+  VERSION = tfds.core.Version("1.1.0")
+  RELEASE_NOTES = {"1.0.0": "First manifest.", "1.1.0": "More distributions in training."}
 
   def __init__(
       self,
