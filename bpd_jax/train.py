@@ -156,8 +156,7 @@ def train(
   check_schedule(schedule, validation, config.block_size)
   fingerprints = {task: task_fingerprint(task) for task in read_tasks}
   identity = {
-      # But for what only says how it is compiled.
-      "model": config.replace(scan_unroll=1).to_dict(), "checkpoint": checkpoint,
+      "model": model_identity(config), "checkpoint": checkpoint,
       "has_fresh_heads": has_fresh_heads,
       "mode": mode, "rates": rates, "batch_size": batch_size, "input_length": input_length,
       "target_length": target_length, "is_packed": is_packed,
@@ -197,7 +196,7 @@ def train(
     if not has_begun:
       # All that can be wrong with what is read is found before the folder is claimed.
       for task in read_tasks:
-        check_task(task, words)
+        check_task(task, words, config.vocab_size, config.eos_id)
       if checkpoint is not None:
         initial_params()
       claim_run(workdir, identity)
@@ -205,7 +204,10 @@ def train(
 
     # --- data ---
     open_all = lambda tasks: [
-        open_task(task, words, Path(workdir) / "tasks", fingerprints[task]) for task in tasks
+        open_task(
+            task, words, Path(workdir) / "tasks", fingerprints[task],
+            vocab_size=config.vocab_size, eos_id=config.eos_id,
+        ) for task in tasks
     ]
     datasets = open_all(tasks)
     lengths = {"input_length": input_length, "target_length": target_length}
@@ -215,7 +217,8 @@ def train(
           batch_size, lengths, seed,
       )
       batches = StateBatches(
-          states, rates=rates, batch_size=batch_size, target_length=target_length, seed=seed
+          states, rates=rates, batch_size=batch_size, target_length=target_length, seed=seed,
+          **config.special_ids,
       )
     else:
       outputs = []
@@ -227,7 +230,7 @@ def train(
         rates = [*rates, *(rate for rate in output_rates if rate)]
       batches = Batches(
           [*datasets, *outputs], num_outputs=len(outputs), rates=rates, batch_size=batch_size,
-          is_packed=is_packed, eos_id=config.eos_id, seed=seed,
+          is_packed=is_packed, seed=seed, **config.special_ids,
           process_index=jax.process_index(), process_count=jax.process_count(), **lengths,
       )
     say(f"an epoch is {batches.steps_per_epoch():,.1f} steps of {batch_size} rows")
@@ -263,7 +266,7 @@ def run_vocabulary(
   own = None if checkpoint is None else vocabulary_path(checkpoint)
   if path is None and own is None:
     raise InputError("train.vocabulary", None, "a vocabulary file")
-  words = open_vocabulary(path or own, vocab_size)
+  words = open_vocabulary(path or own, vocab_size, has_sentinels=True)
   if own is not None:
     expected = open_vocabulary(own, vocab_size).fingerprint
     if words.fingerprint != expected:
@@ -272,6 +275,15 @@ def run_vocabulary(
           f"None, or {expected}, the checkpoint's",
       )
   return words, path or own
+
+
+def model_identity(config: ModelConfig) -> dict[str, Any]:
+  """What of a config decides what is learned; alike before there was a `start_id`."""
+  # But for what only says how it is compiled.
+  fields = config.replace(scan_unroll=1).to_dict()
+  if config.start_id == config.pad_id:
+    fields.pop("start_id")
+  return fields
 
 
 def check_output_rates(
