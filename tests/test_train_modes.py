@@ -243,3 +243,27 @@ def test_a_base_model_without_parallel_heads_has_nothing_to_train(rows, base, tm
                    **(HEADS | {"BLOCK_SIZE": 1}))
   message = "ModelConfig.block_size = 1: allowed is 2 or more in mode 'heads_only'"
   assert error_of(argv, capsys) == message
+
+
+def test_heads_train_on_the_models_own_special_ids(rows, tmp_path):
+  """MADLAD-400's: start 0, padding 1, EOS 2; the vocabulary's own EOS is another."""
+  config = CONFIG.replace(pad_id=1, eos_id=2, start_id=0, vocab_size=261)
+  params = init_params(config, single_device(), jax.random.key(7))
+  save_model(tmp_path / "base", config, params, rows / "tokenizer_config.json")
+  workdir = tmp_path / "run"
+  assert run_heads(rows, tmp_path / "base", workdir) == 0
+  states = HiddenStates(workdir / "states/0")
+  inputs, targets = (encoded(rows, field) for field in ("inputs", "targets"))
+  number = [len(row) for row in inputs].index(4)
+  wanted = [*targets[number][:-1], 2][: 12]
+  place = next(i for i in range(40) if states[i][1].tolist() == wanted)
+  tokens = np.array([[*inputs[number][:-1], 2]])
+  decoder_inputs = np.array([[0, *wanted[:-1]]])
+  model = EncoderDecoder(config, single_device())
+  apply = lambda *args, method: model.apply({"params": params}, *args, method=method)
+  mask = np.ones_like(tokens, bool)
+  hidden = apply(
+      apply(tokens, mask, method="encode"), mask, decoder_inputs, method="decode"
+  )
+  np.testing.assert_allclose(states.states(place), hidden[0], atol=1e-5)
+  assert load_model(workdir / "model", single_device())[0].special_ids == config.special_ids

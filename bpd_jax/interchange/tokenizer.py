@@ -130,7 +130,7 @@ def _convert(
   if normalizer.remove_extra_whitespaces:
     # Spaces alone: the library's own Strip takes line breaks too.
     steps += [
-        normalizers.Replace(Regex(pattern), to) for pattern, to in ((r"\A +| +\z", ""), (" {2,}", " "))
+        normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")
     ]
   if normalizer.add_dummy_prefix:
     steps.append(normalizers.Prepend("▁"))
