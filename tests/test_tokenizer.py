@@ -69,6 +69,10 @@ def test_sentinels_among_the_pieces_are_the_vocabularys(unigram):
   path = unigram / "spiece.model"
   plain = SentencePieceVocabulary(path)
   path.write_bytes(with_sentinels(path.read_bytes()))
+  assert load_vocabulary(unigram, 512).size == 400
+  assert_same_ids(
+      load_vocabulary(unigram, 512), transformers.AutoTokenizer.from_pretrained(unigram)
+  )
   (unigram / "tokenizer_config.json").write_text(
       json.dumps({"tokenizer_class": "T5Tokenizer", "extra_ids": 0})
   )
