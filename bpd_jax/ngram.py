@@ -352,7 +352,7 @@ def read_source(path: str, side: str, eos_id: int = 1) -> Source:
   if os.path.isdir(path):
     cache = TokenCache(path)
     if cache.eos_id != eos_id:
-      raise InputError(f"token cache {path} eos_id", cache.eos_id, f"{eos_id}, the n-grams'")
+      raise InputError("eos_id", eos_id, f"{cache.eos_id}, that of token cache {path}")
     sequences = [cache[i][part] for i in range(len(cache)) for part in SIDES[side]]
     identity = cache.vocab_size, cache.vocabulary, cache.fingerprint
     source = Source(path, cache.name, sequences, *identity)

@@ -246,8 +246,8 @@ def test_a_base_model_without_parallel_heads_has_nothing_to_train(rows, base, tm
 
 
 def test_heads_train_on_the_models_own_special_ids(rows, tmp_path):
-  """MADLAD-400's: start 0, padding 1, EOS 2; the vocabulary's own EOS is another."""
-  config = CONFIG.replace(pad_id=1, eos_id=2, start_id=0, vocab_size=261)
+  """Start and padding 3, EOS 2; the vocabulary's own EOS is another."""
+  config = CONFIG.replace(pad_id=3, eos_id=2, start_id=3, vocab_size=261)
   params = init_params(config, single_device(), jax.random.key(7))
   save_model(tmp_path / "base", config, params, rows / "tokenizer_config.json")
   workdir = tmp_path / "run"
@@ -258,7 +258,7 @@ def test_heads_train_on_the_models_own_special_ids(rows, tmp_path):
   wanted = [*targets[number][:-1], 2][: 12]
   place = next(i for i in range(40) if states[i][1].tolist() == wanted)
   tokens = np.array([[*inputs[number][:-1], 2]])
-  decoder_inputs = np.array([[0, *wanted[:-1]]])
+  decoder_inputs = np.array([[3, *wanted[:-1]]])
   model = EncoderDecoder(config, single_device())
   apply = lambda *args, method: model.apply({"params": params}, *args, method=method)
   mask = np.ones_like(tokens, bool)
