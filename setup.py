@@ -81,6 +81,7 @@ setup(
         "safetensors>=0.5",
         "sentencepiece>=0.2",
         "tensorboardX>=2.6",
+        "tokenizers>=0.20",  # Reads the tokenizer.json that transformers 5 saves.
     ],
     extras_require=EXTRAS,
 )

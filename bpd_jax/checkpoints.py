@@ -6,7 +6,6 @@ parameter straight into its sharding, after comparing what is on disk with what
 """
 
 from pathlib import Path
-import shutil
 from typing import Any
 
 from flax import traverse_util
@@ -27,7 +26,7 @@ from bpd_jax.folders import (
 from bpd_jax.model.config import ModelConfig
 from bpd_jax.model.model import abstract_params, init_params
 from bpd_jax.partitioning import Partitioning, single_device
-from bpd_jax.vocabulary import stored_name
+from bpd_jax.vocabulary import copy_vocabulary
 
 CONFIG_FILE = "model.json"
 PARAMS_FOLDER = "params"
@@ -43,8 +42,8 @@ def save_model(
     folder: a path that doesn't exist yet; its parents are made.
     config: of the model.
     params: the stored tree, numpy or jax arrays.
-    vocabulary_file: a SentencePiece model, or ByT5's tokenizer_config.json, to copy
-      into the folder.
+    vocabulary_file: a SentencePiece model, a tokenizer.json, or ByT5's
+      tokenizer_config.json, to copy into the folder.
     may_replace: whether something may be at the path, which stays until the new
       folder is whole.
 
@@ -66,7 +65,7 @@ def save_model(
       if jax.process_index() == 0:
         write_object(partial / CONFIG_FILE, config.to_dict())
         if vocabulary_file is not None:
-          shutil.copyfile(vocabulary_file, partial / stored_name(vocabulary_file))
+          copy_vocabulary(vocabulary_file, partial)
     except (OSError, ValueError) as error:  # TensorStore's are ValueErrors.
       raise InputError(
           "folder", str(folder), f"a path that can be written ({brief(error)})"

@@ -91,6 +91,7 @@ def distil(
           write_cache(
               path, pairs(examples[start : start + PART]), task=dataset.name, split="greedy",
               vocabulary=generator.vocabulary, vocab_size=generator.config.vocab_size,
+              eos_id=eos_id,
           )
       )
   return Joined(parts)

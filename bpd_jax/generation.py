@@ -236,6 +236,8 @@ class Generator:
       )
     if references is not None and len(references) != len(rows):
       raise InputError("references", f"{len(references)} lists", f"{len(rows)}, one a prompt")
+    for i, reference in enumerate(references or ()):
+      self._check_ids(f"references[{i}]", reference)
     # Rows of like lengths share a batch; results go back to their places.
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
@@ -329,13 +331,15 @@ class Generator:
         raise InputError(
             f"{name} length", len(row), f"1 … {max(buckets)}, the longest bucket"
         )
-      wrong = [token for token in row if not 0 <= token < self.config.vocab_size]
-      if wrong:
-        raise InputError(
-            f"{name} token", wrong[0], f"0 … {self.config.vocab_size - 1}"
-        )
+      self._check_ids(name, row)
       rows.append(row)
     return rows
+
+  def _check_ids(self, name: str, tokens: Sequence[int]) -> None:
+    """InputError naming a token that has no row of the embedding table."""
+    wrong = [int(token) for token in tokens if not 0 <= token < self.config.vocab_size]
+    if wrong:
+      raise InputError(f"{name} token", wrong[0], f"0 … {self.config.vocab_size - 1}")
 
   def _check_limits(self, limits, num_rows: int, max_length: int) -> list[int]:
     if limits is None:

@@ -9,7 +9,7 @@ from bpd_jax.checkpoints import describe, save_model
 from bpd_jax.folders import check_new
 from bpd_jax.interchange.huggingface import import_model
 from bpd_jax.launch import Parser, run
-from bpd_jax.vocabulary import vocabulary_path
+from bpd_jax.vocabulary import check_added_tokens, open_vocabulary, vocabulary_path
 
 
 def main(argv: Sequence[str]) -> None:
@@ -39,8 +39,13 @@ def main(argv: Sequence[str]) -> None:
   config, params = import_model(
       args.source, block_size=args.block_size, head_d_ff=args.head_d_ff, seed=args.seed
   )
-  save_model(args.target, config, params, vocabulary_path(args.source))
+  words = vocabulary_path(args.source)
+  if words is not None:
+    check_added_tokens(args.source, open_vocabulary(words, config.vocab_size))
+  save_model(args.target, config, params, words)
   print(describe(config, params))
+  if words is None:
+    print("vocabulary  none found: the model takes token ids alone")
   print(f"written to  {args.target}")
 
 

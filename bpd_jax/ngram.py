@@ -45,7 +45,7 @@ from bpd_jax.ngram_lm.backoff import BackOff, join_sequences
 from bpd_jax.ngram_lm.counts import check_cutoffs, check_order, count_grams
 from bpd_jax.ngram_lm.pruning import check_pruning, prune_to_count, prune_to_threshold
 from bpd_jax.ngram_lm.smoothing import CUTOFFS, katz, kneser_ney
-from bpd_jax.prepare import read_vocabulary
+from bpd_jax.prepare import find_vocabulary
 from bpd_jax.terminal import description_column, plain_console
 
 SMOOTHINGS = {"katz": katz, "kneser_ney": kneser_ney}
@@ -220,7 +220,7 @@ def query(
       raise InputError("token", wrong[0], "an id; for text add --vocabulary FOLDER")
     pieces, tokens = None, [int(word) for word in words]
   else:
-    pieces = read_vocabulary(vocabulary)
+    pieces = find_vocabulary(vocabulary)
     check_vocabulary(path, pieces.fingerprint)
     tokens = pieces.encode(" ".join(words))
   with progress() as say:
@@ -351,6 +351,8 @@ def read_source(path: str, side: str, eos_id: int = 1) -> Source:
   """Reads a token cache, or the `tokens` of a JSONL file; InputError where it is neither."""
   if local_path(path, "source").is_dir():
     cache = TokenCache(path)
+    if cache.eos_id != eos_id:
+      raise InputError("eos_id", eos_id, f"{cache.eos_id}, that of token cache {path}")
     sequences = [cache[i][part] for i in range(len(cache)) for part in SIDES[side]]
     identity = cache.vocab_size, cache.vocabulary, cache.fingerprint
     source = Source(path, cache.name, sequences, *identity)

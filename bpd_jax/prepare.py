@@ -26,16 +26,16 @@ from rich import box
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from bpd_jax.checkpoints import CONFIG_FILE, load_config
 from bpd_jax.data.rows import MAX_INPUT_TOKENS, MAX_TARGET_TOKENS, VOCABULARY_FILE
 from bpd_jax.errors import check_count, InputError
 from bpd_jax.folders import local_path, new_file
 from bpd_jax.launch import Parser, run
 from bpd_jax.terminal import description_column, plain_console
 from bpd_jax.vocabulary import (
-  BYTES_FILE,
   ByteVocabulary,
-  SentencePieceVocabulary,
-  stored_name,
+  open_vocabulary,
+  read_vocabulary,
   Vocabulary,
   vocabulary_path,
 )
@@ -70,7 +70,7 @@ def cache(
     tasks: registered names.
     to: the folder of the caches.
     splits: of each task.
-    vocabulary_file: see `read_vocabulary`.
+    vocabulary_file: see `find_vocabulary`.
     data_dir: TFDS's folder; its own default if None.
     max_input_length: longer inputs are cut.
     max_target_length: examples with longer targets are left out.
@@ -88,7 +88,7 @@ def cache(
   check_count("copies", copies)
   if max_examples is not None:
     check_count("max_examples", max_examples)
-  vocabulary = read_vocabulary(vocabulary_file)
+  vocabulary = find_vocabulary(vocabulary_file)
   import_quietly()
   from bpd_jax.data import seqio_cache, seqio_tasks
 
@@ -134,7 +134,7 @@ def random_examples(
     task: a registered name.
     split: of the task.
     num_examples: how many; None for all.
-    vocabulary_file: see `read_vocabulary`.
+    vocabulary_file: see `find_vocabulary`.
     data_dir: TFDS's folder; its own default if None.
     lengths: most tokens of inputs and targets, for objectives that cut texts.
     seed: of the choice.
@@ -148,7 +148,7 @@ def random_examples(
   """
   if num_examples is not None:
     check_count("n", num_examples)
-  vocabulary = read_vocabulary(vocabulary_file)
+  vocabulary = find_vocabulary(vocabulary_file)
   import_quietly()
   from bpd_jax.data import seqio_cache, seqio_tasks
 
@@ -230,14 +230,19 @@ def print_tasks(data_dir: str | None = None, **corpus: Any) -> None:
   console.print(table)
 
 
-def read_vocabulary(path: str) -> Vocabulary:
-  """Reads a SentencePiece model, ByT5's tokenizer_config.json, or that of a model folder."""
-  found = local_path(path, "vocabulary")
-  if found.is_dir():
-    found = vocabulary_path(found)
+def find_vocabulary(path: str) -> Vocabulary:
+  """Reads a vocabulary file, or that of a model folder, whose EOS then is the model's."""
+  folder = found = local_path(path, "vocabulary")
+  if folder.is_dir():
+    found = vocabulary_path(folder)
   if found is None or not found.is_file():
     raise InputError("vocabulary", path, "a SentencePiece model file, or a folder with one")
-  return ByteVocabulary() if stored_name(found) == BYTES_FILE else SentencePieceVocabulary(found)
+  if not (folder / CONFIG_FILE).is_file():
+    return read_vocabulary(found)
+  config = load_config(folder)
+  vocabulary = open_vocabulary(found, config.vocab_size, has_sentinels=True)
+  vocabulary.eos_id = config.eos_id
+  return vocabulary
 
 
 @functools.cache
@@ -338,7 +343,7 @@ def main(argv: Sequence[str]) -> None:
   reading = argparse.ArgumentParser(add_help=False)
   reading.add_argument(
       "--vocabulary", default=str(VOCABULARY_FILE), metavar="FILE",
-      help="SentencePiece model, or model folder (default: the corpus')",
+      help="vocabulary file, or model folder (default: the corpus')",
   )
   for side, default in (("input", MAX_INPUT_TOKENS), ("target", MAX_TARGET_TOKENS)):
     reading.add_argument(

@@ -182,7 +182,7 @@ def start_state(
       drafter.init(None, prompt),
       settings.rescorer.init(params, prompt),
       limits=limits,
-      start_id=config.pad_id,
+      start_id=config.start_id,
       max_length=settings.max_length,
       num_nodes=settings.num_nodes,
       key=key,

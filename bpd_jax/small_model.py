@@ -37,7 +37,7 @@ class ModelReader:
       lengths = jnp.ones([batch], jnp.int32)
     # The start token takes a slot, and a block is written whole.
     cache = make_cache(self.model, batch, cache_length(max_length, max_length))
-    start = jnp.full([batch], self.model.config.pad_id, jnp.int32)
+    start = jnp.full([batch], self.model.config.start_id, jnp.int32)
     return prefill(self.model, view, tokens, lengths), cache, start
 
   def read(

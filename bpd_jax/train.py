@@ -159,8 +159,7 @@ def train(
   check_schedule(schedule, validation, config.block_size)
   fingerprints = {task: task_fingerprint(task) for task in read_tasks}
   identity = {
-      # But for what only says how it is compiled.
-      "model": config.replace(scan_unroll=1).to_dict(),
+      "model": model_identity(config),
       # Where it lies doesn't count, nor when it was copied there.
       "checkpoint": None if checkpoint is None else contents_fingerprint(checkpoint),
       "has_fresh_heads": has_fresh_heads,
@@ -202,7 +201,7 @@ def train(
     if not has_begun:
       # All that can be wrong with what is read is found before the folder is claimed.
       for task in read_tasks:
-        check_task(task, words)
+        check_task(task, words, config.vocab_size, config.eos_id)
       if checkpoint is not None:
         initial_params()
       claim_run(workdir, identity)
@@ -210,7 +209,10 @@ def train(
 
     # --- data ---
     open_all = lambda tasks: [
-        open_task(task, words, Path(workdir) / "tasks", fingerprints[task]) for task in tasks
+        open_task(
+            task, words, Path(workdir) / "tasks", fingerprints[task],
+            vocab_size=config.vocab_size, eos_id=config.eos_id,
+        ) for task in tasks
     ]
     datasets = open_all(tasks)
     lengths = {"input_length": input_length, "target_length": target_length}
@@ -220,7 +222,8 @@ def train(
           batch_size, lengths, seed,
       )
       batches = StateBatches(
-          states, rates=rates, batch_size=batch_size, target_length=target_length, seed=seed
+          states, rates=rates, batch_size=batch_size, target_length=target_length, seed=seed,
+          **config.special_ids,
       )
     else:
       outputs = []
@@ -232,7 +235,7 @@ def train(
         rates = [*rates, *(rate for rate in output_rates if rate)]
       batches = Batches(
           [*datasets, *outputs], num_outputs=len(outputs), rates=rates, batch_size=batch_size,
-          is_packed=is_packed, eos_id=config.eos_id, seed=seed,
+          is_packed=is_packed, seed=seed, **config.special_ids,
           process_index=jax.process_index(), process_count=jax.process_count(), **lengths,
       )
     say(f"an epoch is {batches.steps_per_epoch():,.1f} steps of {batch_size} rows")
@@ -269,7 +272,7 @@ def run_vocabulary(
   if path is None and own is None:
     raise InputError("train.vocabulary", None, "a vocabulary file")
   path = own if path is None else shipped_vocabulary(path)
-  words = open_vocabulary(path, vocab_size)
+  words = open_vocabulary(path, vocab_size, has_sentinels=True)
   if own is not None:
     expected = open_vocabulary(own, vocab_size).fingerprint
     if words.fingerprint != expected:
@@ -278,6 +281,15 @@ def run_vocabulary(
           f"None, or {expected}, the checkpoint's",
       )
   return words, path
+
+
+def model_identity(config: ModelConfig) -> dict[str, Any]:
+  """What of a config decides what is learned; alike before there was a `start_id`."""
+  # But for what only says how it is compiled.
+  fields = config.replace(scan_unroll=1).to_dict()
+  if config.start_id == config.pad_id:
+    fields.pop("start_id")
+  return fields
 
 
 def check_output_rates(

@@ -275,3 +275,26 @@ def test_cached_states_stand_where_their_targets_do_and_rows_may_be_empty():
       np.testing.assert_array_equal(batch["hidden"][..., feature], batch["decoder_target_tokens"])
     empty += (batch["decoder_segment_ids"].max(axis=1) == 0).sum()
   assert empty
+
+
+def test_rows_are_made_with_the_models_own_ids():
+  """Start 3, padding 4, EOS 2, as MADLAD-400's aren't T5's either."""
+  examples = [(np.array([7, 8, 9, 2]), np.array([5, 2])), (np.array([6, 2]), np.array([9, 2]))]
+  ids = {"eos_id": 2, "pad_id": 4, "start_id": 3}
+  batch = assemble([examples, []], 6, 5, **ids)
+  np.testing.assert_array_equal(
+      batch["encoder_input_tokens"], [[7, 8, 9, 2, 6, 2], [4] * 6]
+  )
+  np.testing.assert_array_equal(batch["decoder_input_tokens"], [[3, 5, 3, 9, 4], [4] * 5])
+  np.testing.assert_array_equal(batch["decoder_target_tokens"], [[5, 2, 9, 2, 4], [4] * 5])
+  np.testing.assert_array_equal(batch["decoder_segment_ids"], [[1, 1, 2, 2, 0], [0] * 5])
+
+  class Examples(list):
+    name, lengths = "examples", np.array([[4, 2], [2, 2]])
+
+  cut = Batches([Examples(examples)], batch_size=2, input_length=3, target_length=3, **ids)
+  rows = {tuple(row) for row in cut.batch(0)["encoder_input_tokens"].tolist()}
+  assert rows == {(7, 8, 2), (6, 2, 4)}
+  assert (cut.batch(0)["decoder_input_tokens"][:, 0] == 3).all()
+  first = next(in_order(Examples(examples), 2, 3, 3, **ids))
+  assert first["decoder_input_tokens"].tolist() == [[3, 5, 4], [3, 9, 4]]

@@ -89,7 +89,7 @@ TAKERS = {
     "a source of n-grams": lambda path: ngram.read_source(str(path), "targets"),
     "a vocabulary": lambda path: open_vocabulary(path, 300),
     "a folder's vocabulary": lambda path: vocabulary_path(path).read_text(),
-    "a vocabulary to prepare with": lambda path: prepare.read_vocabulary(str(path)),
+    "a vocabulary to prepare with": lambda path: prepare.find_vocabulary(str(path)),
     "rows to write": lambda path: prepare.write_rows("x", "train", str(path)),
     "prompts": lambda path: decode.read_prompts([], str(path), None),
     "a picture": lambda path: decode.save_picture(str(path), [], None, ByteVocabulary()),

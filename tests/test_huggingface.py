@@ -16,6 +16,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 import hf_models
+from pieces import train_pieces
 from safetensors.numpy import load_file, save_file
 
 from bpd_jax.checkpoints import load_model
@@ -140,6 +141,7 @@ def test_config_is_read(folder, kind):
       "activation": "relu" if kind == "t5" else "gelu", "is_gated": kind != "t5",
       "is_tied": kind == "t5", "relpos_buckets": 8, "relpos_max_distance": 20,
       "norm_epsilon": 1e-6, "dropout_rate": 0.0, "scan_unroll": 1, "pad_id": 0, "eos_id": 1,
+      "start_id": 0,
       "dtype": "float32", "param_dtype": "float32", "accum_dtype": "float32",
   }
 
@@ -320,13 +322,14 @@ def test_export_loads_in_transformers(tmp_path, folder, model, kind, max_shard_b
 
 @pytest.mark.parametrize("block_size", [1, 4])
 def test_import_export_import_is_bitwise(tmp_path, folder, block_size):
-  (tmp_path / "pieces").write_bytes(b"pieces")
+  pieces = train_pieces(90)
+  (tmp_path / "pieces").write_bytes(pieces)
   config, params = import_model(folder, block_size=block_size)
   export_model(tmp_path / "out", config, params, tmp_path / "pieces")
   again, params_again = import_model(tmp_path / "out")
   assert again == config
   assert_same(params_again, params)
-  assert (tmp_path / "out" / "spiece.model").read_bytes() == b"pieces"
+  assert (tmp_path / "out" / "spiece.model").read_bytes() == pieces
   assert sorted(os.listdir(tmp_path)) == ["out", "pieces"]
 
 
@@ -414,8 +417,12 @@ def test_heads_travel_with_the_folder(tmp_path, folder):
         ({"feed_forward_proj": ["relu"]}, "feed_forward_proj = ['relu']"),
         ({"dense_act_fn": "gelu"}, "config.json dense_act_fn = 'gelu': allowed is 'gelu_new'"),
         ({"is_gated_act": False}, "config.json is_gated_act = False: allowed is True"),
-        ({"decoder_start_token_id": 2}, "decoder_start_token_id = 2: allowed is 0, the pad"),
-        ({"pad_token_id": 1}, "config.json decoder_start_token_id = 0: allowed is 1"),
+        (
+            {"decoder_start_token_id": 2},
+            "generation_config.json decoder_start_token_id = 0: allowed is 2, as in config.json",
+        ),
+        ({"pad_token_id": 1}, "generation_config.json pad_token_id = 0: allowed is 1, as in"),
+        ({"decoder_start_token_id": True}, "decoder_start_token_id = True: allowed is an integer"),
         ({"d_kv": "8"}, "config.json d_kv = '8': allowed is an integer"),
         ({"d_model": None}, "config.json d_model = None: allowed is an integer"),
         ({"eos_token_id": [1, 2]}, "config.json eos_token_id = [1, 2]"),
@@ -456,7 +463,37 @@ def test_start_token_in_the_generation_config(copy):
   edit_config(folder, decoder_start_token_id=None)
   path = folder / "generation_config.json"
   path.write_text(json.dumps({"decoder_start_token_id": 3}))
-  assert_error(folder, "generation_config.json decoder_start_token_id = 3: allowed is 0")
+  assert import_model(folder)[0].special_ids == {"pad_id": 0, "eos_id": 1, "start_id": 3}
+  path.write_text(json.dumps({"decoder_start_token_id": 97}))
+  assert_error(folder, "ModelConfig.start_id = 97: allowed is an id below 97")
+  path.unlink()
+  assert import_model(folder)[0].start_id == 0
+
+
+def test_madlads_special_ids_go_there_and_back(tmp_path):
+  """Start 0, padding 1, EOS 2: tokens are transformers', and so is what is exported."""
+  ids = {"decoder_start_token_id": 0, "pad_token_id": 1, "eos_token_id": 2}
+  reference = hf_models.make_t5("t5_1_1", seed=8, dtype=torch.float64, **ids)
+  with torch.no_grad():
+    reference.lm_head.weight[2] *= 2
+  hf_models.save(reference, tmp_path / "madlad")
+  prompts = np.random.default_rng(4).integers(3, 97, [6, 9]).tolist()
+  expected = [
+      reference.generate(torch.tensor([prompt]), max_new_tokens=16, num_beams=1,
+                         do_sample=False)[0].tolist() for prompt in prompts
+  ]
+  config, params = import_model(tmp_path / "madlad")
+  assert config.special_ids == {"start_id": 0, "pad_id": 1, "eos_id": 2}
+  with jax.enable_x64(True):
+    generator = Generator(*in_float64(config, params))
+    found = generator.generate(prompts, "greedy", max_length=16, batch_size=2)
+  assert [[0, *row.tolist()] for row in found.tokens] == expected
+  assert any(row[-1] == 2 for row in expected)
+  export_model(tmp_path / "out", config, params)
+  assert import_model(tmp_path / "out")[0] == config
+  loaded = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / "out")
+  for field, token in ids.items():
+    assert getattr(loaded.config, field) == getattr(loaded.generation_config, field) == token
 
 
 def test_tensor_errors(copy):
@@ -518,7 +555,7 @@ def command(module, *args):
 
 def test_commands_there_and_back(copy, tmp_path):
   folder = copy("t5")
-  (folder / "spiece.model").write_bytes(b"pieces")
+  (folder / "spiece.model").write_bytes(train_pieces(90))
   there, back = tmp_path / "there", tmp_path / "back"
   done = command(
       "bpd_jax.import_checkpoint", "--from", folder, "--to", there, "--block-size", 3,
@@ -540,7 +577,7 @@ def test_commands_there_and_back(copy, tmp_path):
   assert done.returncode == 0, done.stderr
   assert f"parameters  {count:,}" in done.stdout
   assert_same(import_model(back)[1], expected)
-  assert (back / "spiece.model").read_bytes() == b"pieces"
+  assert (back / "spiece.model").read_bytes() == (folder / "spiece.model").read_bytes()
 
 
 def assert_one_line(done, text):
@@ -556,6 +593,16 @@ def test_commands_say_errors_in_one_line(copy, tmp_path):
   name = "tensor encoder.block.0.layer.1.DenseReluDense.wi_0.weight"
   done = command("bpd_jax.import_checkpoint", "--from", folder, "--to", tmp_path / "there")
   assert_one_line(done, f"{name} shape = (40, 24): allowed is (48, 24)")
+  edit_config(folder, d_ff=40)
+  pointer = folder / "spiece.model"
+  pointer.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 791656\n")
+  done = command("bpd_jax.import_checkpoint", "--from", folder, "--to", tmp_path / "there")
+  assert_one_line(done, "git-LFS pointer, for `git lfs pull`")
+  pointer.unlink()
+  (folder / "added_tokens.json").write_text('{"{": 97}')
+  (folder / "spiece.model").write_bytes(train_pieces(90))
+  done = command("bpd_jax.import_checkpoint", "--from", folder, "--to", tmp_path / "there")
+  assert_one_line(done, "added tokens = ['{']: allowed is those of a tokenizer.json")
   shard = sorted(folder.glob("model-00002-*.safetensors"))[0]
   shard.unlink()
   done = command("bpd_jax.import_checkpoint", "--from", folder, "--to", tmp_path / "there")

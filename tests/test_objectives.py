@@ -8,7 +8,7 @@ import pytest
 from bpd_jax.data import objectives
 from bpd_jax.errors import InputError
 
-FIRST = 999
+SENTINELS = range(999, 899, -1)
 
 
 def restore(inputs, targets):
@@ -29,12 +29,12 @@ def restore(inputs, targets):
 def test_corruption_can_be_undone_and_counts_as_t5_does(length):
   tokens = np.arange(length)
   for seed in range(20):
-    inputs, targets = objectives.span_corruption(tokens, FIRST, np.random.default_rng(seed))
+    inputs, targets = objectives.span_corruption(tokens, SENTINELS, np.random.default_rng(seed))
     assert restore(inputs, targets) == tokens.tolist()
     num_spans = int((inputs > 900).sum())
-    assert [token for token in targets if token > 900] == [FIRST - i for i in range(num_spans)]
-    assert [token for token in inputs if token > 900] == [FIRST - i for i in range(num_spans)]
-    assert inputs[0] == 0 and inputs[-1] == FIRST - num_spans + 1
+    assert [token for token in targets if token > 900] == [*SENTINELS[:num_spans]]
+    assert [token for token in inputs if token > 900] == [*SENTINELS[:num_spans]]
+    assert inputs[0] == 0 and inputs[-1] == SENTINELS[num_spans - 1]
     num_hidden = len(targets) - num_spans
     assert num_hidden == max(1, round(0.15 * length))
     assert num_spans == max(1, round(num_hidden / 3))
@@ -49,14 +49,14 @@ def test_chunks_are_as_long_as_fits(lengths, expected):
   length = objectives.span_corruption_length(*lengths)
   assert length == expected
   for n in range(2, length + 1):
-    sides = objectives.span_corruption(np.arange(n), FIRST, np.random.default_rng(0))
+    sides = objectives.span_corruption(np.arange(n), SENTINELS, np.random.default_rng(0))
     assert all(len(side) < most for side, most in zip(sides, lengths))
 
 
 def test_no_more_spans_than_there_are_sentinels():
   length = objectives.span_corruption_length(10_000, 10_000)
   inputs, _ = objectives.span_corruption(
-      np.zeros(length), FIRST, np.random.default_rng(0)
+      np.zeros(length), SENTINELS, np.random.default_rng(0)
   )
   assert np.count_nonzero(inputs) == 100
 
@@ -94,3 +94,14 @@ def test_shortest_chunk_is_split():
 def test_lengths_that_hold_nothing_are_refused(function, lengths):
   with pytest.raises(InputError, match="^lengths = "):
     function(*lengths)
+
+
+def test_sentinels_are_those_of_the_vocabulary():
+  """mT5's stand where its pieces end, others anywhere; without any there are no spans."""
+  tokens = np.arange(40)
+  sentinels = [700, 300, 500]
+  inputs, targets = objectives.span_corruption(tokens, sentinels, np.random.default_rng(3))
+  assert [t for t in inputs if t >= 40] == [t for t in targets if t >= 40] == sentinels[:2]
+  assert objectives.span_corruption_length(10_000, 10_000, 1) < 40
+  with pytest.raises(InputError, match="vocabulary sentinels = 0: allowed is at least 1"):
+    objectives.span_corruption_length(256, 128, 0)

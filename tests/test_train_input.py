@@ -6,6 +6,7 @@ import shutil
 
 from devices import device_flags
 from jax import monitoring
+from pieces import train_pieces
 import pytest
 from train_runs import (
   arguments,
@@ -19,7 +20,7 @@ from bpd_jax import launch, train
 from bpd_jax.data.token_cache import write_cache
 from bpd_jax.errors import InputError
 from bpd_jax.train import run_vocabulary
-from bpd_jax.vocabulary import open_vocabulary
+from bpd_jax.vocabulary import ByteVocabulary, open_vocabulary
 
 
 @pytest.fixture(scope="module")
@@ -198,4 +199,27 @@ def test_other_vocabularies_are_refused(rows, tmp_path, capsys):
   assert re.match(message, error_of(argv, capsys))
   cut(tmp_path / "caches/toy/tokens.bin")
   assert re.match("token cache = '.*/toy': allowed is 1 examples", error_of(argv, capsys))
+  assert not (tmp_path / "run").exists()
+
+
+def test_ids_beyond_the_embedding_table_are_refused(rows, tmp_path, capsys):
+  """They would be clipped to its last row; of pieces, of their sentinels, or of a cache."""
+  path = tmp_path / "spiece.model"
+  path.write_bytes(train_pieces(240))
+  argv = joint(rows, tmp_path / "run", VOCABULARY=str(path))
+  message = "vocab_size = 260: allowed is at least 340, 240 pieces of .*/spiece.model and 100 sent"
+  assert re.match(message, error_of(argv, capsys))
+  caches = {"large": {"vocab_size": 300}, "ended": {"eos_id": 2}}
+  for name, options in caches.items():
+    write_cache(
+        tmp_path / "caches" / name, [([5, 1], [6, 1])], task="toy", split=name,
+        vocabulary=ByteVocabulary(), **options,
+    )
+  argv = joint(rows, tmp_path / "run", CachedTask__folder=str(tmp_path / "caches"),
+               CachedTask__name="large") + ["--gin.TRAIN_TASKS=[@CachedTask()]"]
+  message = "token cache .*/large vocab_size = 300: allowed is at most 260, the model's"
+  assert re.match(message, error_of(argv, capsys))
+  argv = [option.replace("'large'", "'ended'") for option in argv]
+  message = "token cache .*/ended eos_id = 2: allowed is 1, the model's; prepare's --vocabulary"
+  assert re.match(message, error_of(argv, capsys))
   assert not (tmp_path / "run").exists()

@@ -282,3 +282,27 @@ def test_a_checkpoint_is_the_one_with_the_same_contents(rows, base, tmp_path, ca
   message = r"workdir .*/run checkpoint = '\w{16}': allowed is '\w{16}', of the run that the fold"
   assert re.match(message, error_of(command(tmp_path / "one"), capsys))
   assert last_state(tmp_path / "run")[0] == 3 and before
+
+
+def test_heads_train_on_the_models_own_special_ids(rows, tmp_path):
+  """Start and padding 3, EOS 2; the vocabulary's own EOS is another."""
+  config = CONFIG.replace(pad_id=3, eos_id=2, start_id=3, vocab_size=261)
+  params = init_params(config, single_device(), jax.random.key(7))
+  save_model(tmp_path / "base", config, params, rows / "tokenizer_config.json")
+  workdir = tmp_path / "run"
+  assert run_heads(rows, tmp_path / "base", workdir) == 0
+  states = HiddenStates(workdir / "states/0")
+  inputs, targets = (encoded(rows, field) for field in ("inputs", "targets"))
+  number = [len(row) for row in inputs].index(4)
+  wanted = [*targets[number][:-1], 2][: 12]
+  place = next(i for i in range(40) if states[i][1].tolist() == wanted)
+  tokens = np.array([[*inputs[number][:-1], 2]])
+  decoder_inputs = np.array([[3, *wanted[:-1]]])
+  model = EncoderDecoder(config, single_device())
+  apply = lambda *args, method: model.apply({"params": params}, *args, method=method)
+  mask = np.ones_like(tokens, bool)
+  hidden = apply(
+      apply(tokens, mask, method="encode"), mask, decoder_inputs, method="decode"
+  )
+  np.testing.assert_allclose(states.states(place), hidden[0], atol=1e-5)
+  assert load_model(workdir / "model", single_device())[0].special_ids == config.special_ids

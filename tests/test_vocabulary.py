@@ -10,9 +10,11 @@ import sentencepiece
 import bpd_jax
 from bpd_jax.checkpoints import save_model
 from bpd_jax.errors import InputError
+from bpd_jax.evaluation.scoring import NgramSource
 from bpd_jax.model.config import ModelConfig
 from bpd_jax.model.model import init_params
 from bpd_jax.partitioning import single_device
+from bpd_jax.train import model_identity
 from bpd_jax.vocabulary import (
     ByteVocabulary,
     load_vocabulary,
@@ -125,3 +127,30 @@ def test_load_says_what_is_wrong(tmp_path):
   (tmp_path / "config.json").write_text("{}")
   with pytest.raises(InputError, match="python -m bpd_jax.import_checkpoint"):
     bpd_jax.load(tmp_path)
+
+
+def test_references_beyond_the_embedding_table_are_refused():
+  model = bpd_jax.Generator(CONFIG, None)
+  with pytest.raises(InputError, match=r"references\[0\] token = 384: allowed is 0 … 383"):
+    model.generate([[5, 1]], "reference", references=[[7, 384]])
+
+
+def test_ngrams_of_another_start_or_end_are_refused(tmp_path):
+  path = tmp_path / "one.arpa"
+  path.write_text(
+      "\\data\\\nngram 1=3\n\n\\1-grams:\n-99\t<s>\n-0.3\t</s>\n-0.3\t5\n\n\\end\\\n"
+  )
+  source = NgramSource(str(path))
+  assert source.make(bpd_jax.Generator(CONFIG, None), 8).scorer.start_id == 0
+  for changes, name in (({"start_id": 3}, "start_id"), ({"eos_id": 2}, "eos_id")):
+    with pytest.raises(InputError, match=rf"one.arpa {name} = [01]: allowed is [23], the model"):
+      source.make(bpd_jax.Generator(CONFIG.replace(**changes), None), 8)
+
+
+def test_configs_from_before_there_was_a_start_id():
+  """Imports took a start that is padding, whatever id that was; their runs go on too."""
+  fields = CONFIG.replace(pad_id=3, start_id=3).to_dict()
+  del fields["start_id"]
+  assert ModelConfig.from_dict(fields).start_id == 3
+  assert "start_id" not in model_identity(ModelConfig.from_dict(fields))
+  assert model_identity(CONFIG.replace(start_id=5))["start_id"] == 5

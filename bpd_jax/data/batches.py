@@ -22,9 +22,9 @@ WINDOW = 256
 # Most examples, as a share, that may find no room in their window.
 MOST_SKIPPED = 0.01
 
-# encoder_input_tokens [batch, input length] int32, 0 where nothing is
+# encoder_input_tokens [batch, input length] int32, padding where nothing is
 # encoder_segment_ids [batch, input length] int32, 1, 2, … and 0 where nothing is
-# decoder_input_tokens [batch, target length] int32, targets after a start token 0
+# decoder_input_tokens [batch, target length] int32, targets after the start token
 # decoder_target_tokens [batch, target length] int32
 # decoder_segment_ids [batch, target length] int32
 # decoder_output_mask [batch, target length] bool, where targets are a model's own
@@ -66,6 +66,8 @@ class Batches:
       target_length: int,
       is_packed: bool = False,
       eos_id: int = 1,
+      pad_id: int = 0,
+      start_id: int = 0,
       seed: int = 0,
       process_index: int = 0,
       process_count: int = 1,
@@ -84,6 +86,8 @@ class Batches:
       is_packed: whether rows hold as many examples as fit. At most 1 % then find
         no room when their turn comes, and wait for the next epoch.
       eos_id: closes cut inputs.
+      pad_id: fills rows.
+      start_id: stands before targets in the decoder's inputs.
       seed: of all orders.
       process_index: which of the processes this is; it gets its rows only.
       process_count: how many share a batch.
@@ -103,7 +107,7 @@ class Batches:
     self.batch_size = batch_size
     self.datasets = list(datasets)
     self._shape = (input_length, target_length)
-    self._eos_id = eos_id
+    self._special = {"eos_id": eos_id, "pad_id": pad_id, "start_id": start_id}
     self._first_output = len(datasets) - num_outputs
     self._seed = seed
     local = batch_size // process_count
@@ -119,7 +123,7 @@ class Batches:
     """This process's rows of a step, from 0 on."""
     rows = self.rows(step)
     examples = [[self.datasets[which][i] for which, i in row] for row in rows]
-    batch = assemble(examples, *self._shape, eos_id=self._eos_id)
+    batch = assemble(examples, *self._shape, **self._special)
     if self._first_output < len(self.datasets):
       by_segment = [[False, *(which >= self._first_output for which, _ in row)] for row in rows]
       batch["decoder_output_mask"] = np.stack([
@@ -246,6 +250,8 @@ def assemble(
     target_length: int,
     *,
     eos_id: int = 1,
+    pad_id: int = 0,
+    start_id: int = 0,
 ) -> Batch:
   """Rows of examples as arrays.
 
@@ -254,13 +260,17 @@ def assemble(
     input_length: tokens of a row's inputs.
     target_length: tokens of a row's targets.
     eos_id: closes inputs that are cut.
+    pad_id: fills rows.
+    start_id: stands before targets in the decoder's inputs.
   """
   batch = {
-      name: np.zeros([len(rows), length], np.int32)
-      for name, length in (
-          ("encoder_input_tokens", input_length), ("encoder_segment_ids", input_length),
-          ("decoder_input_tokens", target_length), ("decoder_target_tokens", target_length),
-          ("decoder_segment_ids", target_length),
+      name: np.full([len(rows), length], fill, np.int32)
+      for name, length, fill in (
+          ("encoder_input_tokens", input_length, pad_id),
+          ("encoder_segment_ids", input_length, 0),
+          ("decoder_input_tokens", target_length, pad_id),
+          ("decoder_target_tokens", target_length, pad_id),
+          ("decoder_segment_ids", target_length, 0),
       )
   }
   for i, examples in enumerate(rows):
@@ -273,7 +283,7 @@ def assemble(
       )
       batch["encoder_input_tokens"][i, encoder] = inputs
       batch["encoder_segment_ids"][i, encoder] = segment
-      batch["decoder_input_tokens"][i, decoder] = [0, *targets[:-1]]
+      batch["decoder_input_tokens"][i, decoder] = [start_id, *targets[:-1]]
       batch["decoder_target_tokens"][i, decoder] = targets
       batch["decoder_segment_ids"][i, decoder] = segment
       starts += len(inputs), len(targets)
@@ -289,11 +299,13 @@ def cut_inputs(inputs: np.ndarray, input_length: int, eos_id: int) -> np.ndarray
 
 def in_order(
     dataset: Dataset, batch_size: int, input_length: int, target_length: int,
-    max_examples: int | None = None, eos_id: int = 1,
+    max_examples: int | None = None, eos_id: int = 1, pad_id: int = 0, start_id: int = 0,
 ) -> Iterator[Batch]:
   """The first examples of a dataset once, unpacked; the last batch ends in empty rows."""
   count = len(dataset.lengths) if max_examples is None else max_examples
   count = min(count, len(dataset.lengths))
   for first in range(0, count, batch_size):
     rows = [[dataset[i]] if i < count else [] for i in range(first, first + batch_size)]
-    yield assemble(rows, input_length, target_length, eos_id=eos_id)
+    yield assemble(
+        rows, input_length, target_length, eos_id=eos_id, pad_id=pad_id, start_id=start_id
+    )

@@ -74,23 +74,26 @@ def task_label(task: CachedTask | TextTask) -> str:
   return f"{task.name}.{task.split}"
 
 
-def check_task(task: CachedTask | TextTask, vocabulary: Vocabulary) -> None:
+def check_task(
+    task: CachedTask | TextTask, vocabulary: Vocabulary, vocab_size: int | None = None,
+    eos_id: int | None = None,
+) -> None:
   """Raises InputError where `open_task` would, but for a disk that is full.
 
   What `task_fingerprint` finds isn't looked for again.
   """
   if isinstance(task, CachedTask):
-    open_task(task, vocabulary, Path())
+    open_task(task, vocabulary, Path(), vocab_size=vocab_size, eos_id=eos_id)
     return
   if isinstance(task, JsonlTask) and task.targets is None:
     raise InputError(f"JsonlTask {task.name} targets", None, "a field of the file")
-  for _ in _encoded(task, vocabulary):
+  for _ in _encoded(task, vocabulary, vocabulary.eos_id if eos_id is None else eos_id):
     pass
 
 
 def open_task(
     task: CachedTask | TextTask, vocabulary: Vocabulary, folder: Path,
-    fingerprint: str | None = None,
+    fingerprint: str | None = None, *, vocab_size: int | None = None, eos_id: int | None = None,
 ) -> Dataset:
   """A task's examples as token ids; text is made into a token cache once.
 
@@ -99,10 +102,15 @@ def open_task(
     vocabulary: of the run.
     folder: where caches of text go.
     fingerprint: `task_fingerprint`, where it is known already.
+    vocab_size: rows of the model's embedding table, beyond which no id may lie; the
+      vocabulary's own size by default.
+    eos_id: the model's, which ends each side; the vocabulary's own by default.
 
   Raises:
-    InputError: where the ids are another vocabulary's, or a row can't be read.
+    InputError: where the ids are another vocabulary's or model's, or a row can't be read.
   """
+  vocab_size = vocabulary.size if vocab_size is None else vocab_size
+  eos_id = vocabulary.eos_id if eos_id is None else eos_id
   if isinstance(task, CachedTask):
     cache = TokenCache(task.path)
     if cache.vocabulary != vocabulary.fingerprint:
@@ -111,20 +119,32 @@ def open_task(
           f"{cache.vocabulary} of {cache.vocab_size} ids",
           f"{vocabulary.fingerprint} of {vocabulary.size} ids, the run's",
       )
+    if cache.vocab_size > vocab_size:
+      raise InputError(
+          f"token cache {task.path} vocab_size", cache.vocab_size,
+          f"at most {vocab_size}, the model's",
+      )
+    if cache.eos_id != eos_id:
+      raise InputError(
+          f"token cache {task.path} eos_id", cache.eos_id,
+          f"{eos_id}, the model's; prepare's --vocabulary takes a model folder",
+      )
     return cache if task.max_examples is None else First(cache, task.max_examples)
   path = folder / f"{task_label(task)}_{fingerprint or task_fingerprint(task)}"
   if path.is_dir():
     return TokenCache(path)
   return write_cache(
-      path, _encoded(task, vocabulary), task=task.name, split=task.split, vocabulary=vocabulary
+      path, _encoded(task, vocabulary, eos_id), task=task.name, split=task.split,
+      vocabulary=vocabulary, eos_id=eos_id, vocab_size=vocab_size,
   )
 
 
-def _encoded(task: TextTask, vocabulary: Vocabulary) -> Iterator[tuple[list[int], list[int]]]:
+def _encoded(
+    task: TextTask, vocabulary: Vocabulary, eos_id: int
+) -> Iterator[tuple[list[int], list[int]]]:
   """Inputs and targets of each row."""
   for row in task.rows():
-    # EOS is id 1 in all of T5's vocabularies.
-    inputs, targets = ([*vocabulary.encode(row[name]), 1] for name in ("inputs", "targets"))
+    inputs, targets = ([*vocabulary.encode(row[name]), eos_id] for name in ("inputs", "targets"))
     yield inputs, targets
 
 

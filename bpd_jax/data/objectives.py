@@ -11,6 +11,8 @@ Prefix-LM (§3.2.3): the inputs are the beginning, the targets how it goes on.
 Everything is drawn from the generator that is passed in.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from bpd_jax.errors import InputError
@@ -20,18 +22,22 @@ NOISE_DENSITY = 0.15
 MEAN_SPAN = 3.0
 
 
-def span_corruption_length(input_length: int, target_length: int) -> int:
+def span_corruption_length(
+    input_length: int, target_length: int, num_sentinels: int = NUM_SENTINELS
+) -> int:
   """The most tokens of a chunk whose corrupted sides fit, EOS included.
 
   Raises:
-    InputError: where none fits.
+    InputError: where none fits, or the vocabulary has no sentinels.
   """
+  if not num_sentinels:
+    raise InputError("vocabulary sentinels", 0, "at least 1 for span corruption")
   # Inputs lose fewer tokens than one in six, so no longer chunk fits.
   for length in range(2 * input_length, 1, -1):
     num_noise, num_spans = _noise_counts(length)
     fits = (
         length - num_noise + num_spans < input_length
-        and num_noise + num_spans < target_length and num_spans <= NUM_SENTINELS
+        and num_noise + num_spans < target_length and num_spans <= num_sentinels
     )
     if fits:
       return length
@@ -39,13 +45,13 @@ def span_corruption_length(input_length: int, target_length: int) -> int:
 
 
 def span_corruption(
-    tokens: np.ndarray, first_sentinel: int, rng: np.random.Generator
+    tokens: np.ndarray, sentinels: Sequence[int], rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
   """Hides 15 % of the tokens in spans of 3 on average.
 
   Args:
     tokens: [n] int, at least 2; the first is never hidden, the last one always.
-    first_sentinel: id of `<extra_id_0>`; the others come below it.
+    sentinels: the id of each `<extra_id_i>`, by i; at least as many as spans.
     rng: of the spans.
 
   Returns:
@@ -58,7 +64,7 @@ def span_corruption(
   ends = np.cumsum(np.stack([kept, hidden], axis=1).ravel())
   inputs, targets = [], []
   for i, part in enumerate(np.split(np.asarray(tokens, np.int32), ends[:-1])):
-    sentinel = np.int32([first_sentinel - i // 2])
+    sentinel = np.int32([sentinels[i // 2]])
     if i % 2:
       inputs.append(sentinel)
       targets += [sentinel, part]

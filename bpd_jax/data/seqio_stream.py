@@ -40,6 +40,8 @@ class SeqioStream:
       seed: int = 0,
       process_index: int = 0,
       process_count: int = 1,
+      pad_id: int = 0,
+      start_id: int = 0,
   ):
     """Opens; nothing is read yet.
 
@@ -53,6 +55,8 @@ class SeqioStream:
       seed: of the order and of noise.
       process_index: which of the processes this is; it reads its shard only.
       process_count: how many share a batch.
+      pad_id: fills rows.
+      start_id: stands before targets in the decoder's inputs.
 
     Raises:
       InputError: naming the argument.
@@ -78,7 +82,8 @@ class SeqioStream:
     self._is_packed = is_packed
     self._seed = seed
     self._shard = seqio.ShardInfo(process_index, process_count)
-    self._eos_id = self._provider.output_features["inputs"].vocabulary.eos_id
+    eos_id = self._provider.output_features["inputs"].vocabulary.eos_id
+    self._special = {"eos_id": eos_id, "pad_id": pad_id, "start_id": start_id}
     self._rows = self._read()
     self._next_step = 0
 
@@ -90,7 +95,7 @@ class SeqioStream:
       next(self._rows)
     rows = [next(self._rows) for _ in range(self._num_rows)]
     self._next_step = step + 1
-    return assemble(rows, *self._shape, eos_id=self._eos_id)
+    return assemble(rows, *self._shape, **self._special)
 
   def _read(self) -> Iterator[list[Example]]:
     """The examples of each row from the beginning."""

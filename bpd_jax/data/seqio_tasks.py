@@ -21,7 +21,7 @@ from bpd_jax.data.extraction import Record
 from bpd_jax.data.grammar import grammar
 from bpd_jax.data.manifest import Environment, Manifest
 from bpd_jax.data.rows import task_rows
-from bpd_jax.data.seqio_vocabulary import EOS_ID, SeqioVocabulary
+from bpd_jax.data.seqio_vocabulary import SeqioVocabulary
 from bpd_jax.data.sources import SPLITS
 from bpd_jax.data.text_tasks import RECORD_TASKS
 from bpd_jax.data.tfds_builder import Docstrings
@@ -197,6 +197,9 @@ def register(
   feature = seqio.Feature(vocabulary=SeqioVocabulary(vocabulary), add_eos=True)
   tokenize = functools.partial(seqio.preprocessors.tokenize, copy_pretokenized=False)
   encode = (tokenize, seqio.preprocessors.append_eos)
+  span_length = functools.partial(
+      objectives.span_corruption_length, num_sentinels=len(vocabulary.sentinels)
+  )
   tasks = {}
 
   def add(name: str, source: seqio.DataSource, steps: Sequence[Preprocessor], info: TaskInfo):
@@ -238,7 +241,7 @@ def register(
     read = functools.partial(seqio.preprocessors.rekey, key_map={"targets": "text"})
     add(
         f"{corpus_name}_span_corruption", source,
-        (read, tokenize, _chunks(objectives.span_corruption_length), _corrupt,
+        (read, tokenize, _chunks(span_length), _corrupt,
          seqio.preprocessors.append_eos),
         dataclasses.replace(info, about="text with 15 % of it hidden → what is hidden"),
     )
@@ -373,10 +376,10 @@ def _corrupt(
     seed: Sequence[tf.Tensor],
 ) -> dict[str, tf.Tensor]:
   """Hides spans of a chunk."""
-  first_sentinel = output_features["targets"].vocabulary.vocab_size - 1
+  sentinels = output_features["targets"].vocabulary.sentinels
 
   def corrupt(tokens: np.ndarray, seed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    return objectives.span_corruption(tokens, first_sentinel, np.random.default_rng(seed))
+    return objectives.span_corruption(tokens, sentinels, np.random.default_rng(seed))
 
   return _both_sides(corrupt, features["targets"], seed)
 
@@ -384,15 +387,16 @@ def _corrupt(
 @seqio.map_over_dataset(num_seeds=1)
 def _split(
     features: Mapping[str, tf.Tensor], sequence_length: Mapping[str, int],
-    seed: Sequence[tf.Tensor],
+    output_features: Mapping[str, seqio.Feature], seed: Sequence[tf.Tensor],
 ) -> dict[str, tf.Tensor]:
   """Splits a chunk at a random place; inputs get an EOS, as everywhere."""
+  eos_id = output_features["inputs"].vocabulary.eos_id
 
   def split(tokens: np.ndarray, seed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     inputs, targets = objectives.prefix_lm(
         tokens, *_lengths(sequence_length), np.random.default_rng(seed)
     )
-    return np.append(inputs, np.int32(EOS_ID)), targets
+    return np.append(inputs, np.int32(eos_id)), targets
 
   return _both_sides(split, features["targets"], seed)
 

@@ -12,7 +12,6 @@ import tensorflow as tf
 
 from bpd_jax.vocabulary import Vocabulary
 
-EOS_ID = 1
 UNKNOWN_ID = 2
 
 # TensorFlow only reads data; left alone, it takes the whole memory of a GPU from JAX.
@@ -20,11 +19,7 @@ tf.config.set_visible_devices([], "GPU")
 
 
 class SeqioVocabulary(seqio.Vocabulary):
-  """Encodes and decodes as a `bpd_jax.vocabulary` does; sentinels are its last ids.
-
-  ByT5's bytes have none, and its last byte values serve as sentinels too (Xue
-  et al. 2022, §3.1).
-  """
+  """Encodes and decodes as a `bpd_jax.vocabulary` does."""
 
   def __init__(self, vocabulary: Vocabulary):
     super().__init__()
@@ -32,7 +27,12 @@ class SeqioVocabulary(seqio.Vocabulary):
 
   @property
   def eos_id(self) -> int:
-    return EOS_ID
+    return self._vocabulary.eos_id
+
+  @property
+  def sentinels(self) -> tuple[int, ...]:
+    """The id of each `<extra_id_i>`, by i."""
+    return self._vocabulary.sentinels
 
   @property
   def unk_id(self) -> int:
@@ -65,10 +65,11 @@ class SeqioVocabulary(seqio.Vocabulary):
     return tf.ensure_shape(tf.numpy_function(decode, [ids], tf.string, stateful=False), [])
 
   def __eq__(self, other: object) -> bool:
-    return (
-        isinstance(other, SeqioVocabulary)
-        and self._vocabulary.fingerprint == other._vocabulary.fingerprint
-    )
+    return isinstance(other, SeqioVocabulary) and self._identity == other._identity
 
   def __hash__(self) -> int:
-    return hash(self._vocabulary.fingerprint)
+    return hash(self._identity)
+
+  @property
+  def _identity(self) -> tuple[str, int]:
+    return self._vocabulary.fingerprint, self._vocabulary.eos_id

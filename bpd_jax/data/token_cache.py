@@ -30,7 +30,8 @@ class TokenCache:
   Attributes:
     name: "TASK.SPLIT", or what the writer called it.
     vocabulary: fingerprint of the vocabulary whose ids these are.
-    vocab_size: ids that the vocabulary has.
+    vocab_size: ids that may occur.
+    eos_id: ends each side.
     fingerprint: a hash of all examples in order.
     lengths: [examples, 2] int64, tokens of inputs and targets, EOS included.
   """
@@ -45,6 +46,8 @@ class TokenCache:
       self.name: str = f"{info['task']}.{info['split']}"
       self.vocabulary: str = info["vocabulary"]
       self.vocab_size: int = info["vocab_size"]
+      # Caches without the field were made when there was no other.
+      self.eos_id: int = info.get("eos_id", 1)
       self.fingerprint: str = info["fingerprint"]
       self._tokens = np.memmap(folder / TOKENS_FILE, np.dtype(info["dtype"]), "r")
       self._ends = np.load(folder / ENDS_FILE, mmap_mode="r")
@@ -78,6 +81,7 @@ def write_cache(
     split: str,
     vocabulary: Vocabulary,
     vocab_size: int | None = None,
+    eos_id: int | None = None,
 ) -> TokenCache:
   """Writes examples in their order.
 
@@ -89,6 +93,7 @@ def write_cache(
     vocabulary: whose ids these are.
     vocab_size: ids that may occur; the vocabulary's by default. A model may write
       some that it has beyond.
+    eos_id: what examples end with, to be written down; the vocabulary's by default.
 
   Returns:
     The cache, open.
@@ -136,6 +141,7 @@ def write_cache(
           "dtype": dtype.name,
           "vocabulary": vocabulary.fingerprint,
           "vocab_size": vocab_size,
+          "eos_id": vocabulary.eos_id if eos_id is None else eos_id,
           "fingerprint": digest.hexdigest()[:16],
       })
     except OSError as error:

@@ -157,6 +157,7 @@ def _margins(config, params, prompts, prefixes, pairs) -> list[np.ndarray]:
     for start in range(0, len(prompts), batch_size):
       inputs = np.full([batch_size, input_length], config.pad_id, np.int32)
       targets = np.full([batch_size, length], config.pad_id, np.int32)
+      targets[:, 0] = config.start_id
       lengths, position = np.ones([batch_size], np.int32), np.zeros([batch_size], np.int32)
       both = np.zeros([batch_size, 2], np.int32)
       rows = range(start, min(start + batch_size, len(prompts)))

@@ -165,7 +165,7 @@ def _teacher_force(model, params, inputs, input_lengths, tokens):
   """States [rows, length, d] that chose `tokens`, and margins [rows, length]."""
   apply = lambda *args, method: model.apply({"params": params}, *args, method=method)
   mask = jnp.arange(inputs.shape[1]) < input_lengths[:, None]
-  start = jnp.full_like(tokens[:, :1], model.config.pad_id)
+  start = jnp.full_like(tokens[:, :1], model.config.start_id)
   before = jnp.concatenate([start, tokens[:, :-1]], axis=1)
   hidden = apply(apply(inputs, mask, method="encode"), mask, before, method="decode")
   best, _ = jax.lax.top_k(apply(hidden, method="logits"), 2)
@@ -210,11 +210,11 @@ def _replay(model, settings: DecodeSettings, view, tokens, hidden, limits, promp
       Cache((), (), jnp.zeros([batch], jnp.int32)),
       loop.empty_step(jnp.zeros([batch, config.d_model], hidden.dtype), settings.depth),
       drafter.init(None, prompt), settings.rescorer.init(params, prompt),
-      limits=limits, start_id=config.pad_id, max_length=settings.max_length,
+      limits=limits, start_id=config.start_id, max_length=settings.max_length,
       num_nodes=settings.num_nodes, key=jax.random.key(0),
   )
   return loop.decode(
-      recorded_verify(tokens, hidden, config.pad_id), drafter, view, state,
+      recorded_verify(tokens, hidden, config.start_id), drafter, view, state,
       search=settings.search.make(settings.depth), rescorer=settings.rescorer,
       rescorer_params=params, rule=settings.rule, eos_id=config.eos_id,
   )

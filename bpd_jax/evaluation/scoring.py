@@ -42,12 +42,15 @@ class NgramSource:
 
   def make(self, generator: Generator, max_length: int) -> Scoring:
     config = generator.config
-    params = _read_ngrams(self.arpa, config.vocab_size, generator.vocabulary_fingerprint)
+    params = _read_ngrams(
+        self.arpa, config.vocab_size, generator.vocabulary_fingerprint, config.start_id,
+        config.eos_id,
+    )
     most = params.arrays.order
     order = most if self.order is None else self.order
     if not 1 <= order <= most:
       raise InputError("NgramSource.order", order, f"1 … {most}, that of {self.arpa}")
-    scorer = NgramScorer(order, config.pad_id)
+    scorer = NgramScorer(order, config.start_id)
     return Scoring(scorer, params, self.weight, self.entropy_power)
 
 
@@ -173,8 +176,16 @@ def describe_source(source: Source) -> dict[str, Any]:
 
 
 @functools.lru_cache(maxsize=8)
-def _read_ngrams(arpa: str, vocab_size: int, vocabulary: str | None) -> NgramParams:
-  return ngram_params(read_arpa(arpa, vocab_size, vocabulary=vocabulary))
+def _read_ngrams(
+    arpa: str, vocab_size: int, vocabulary: str | None, start_id: int, eos_id: int
+) -> NgramParams:
+  model = read_arpa(arpa, vocab_size, vocabulary=vocabulary)
+  for name, found, wanted in (
+      ("start_id", model.start_id, start_id), ("eos_id", model.eos_id, eos_id)
+  ):
+    if found != wanted:
+      raise InputError(f"{arpa} {name}", found, f"{wanted}, the model's")
+  return ngram_params(model)
 
 
 @functools.lru_cache(maxsize=4)

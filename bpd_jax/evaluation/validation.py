@@ -86,7 +86,7 @@ class Evaluation:
         jax.device_get(self._step.measure(generator.params, place(batch)))
         for batch in in_order(
             dataset, self._batch_size, max_examples=self._validation.max_examples,
-            eos_id=generator.config.eos_id, **self._lengths,
+            **generator.config.special_ids, **self._lengths,
         )
     )
     figures = head_losses(sums)

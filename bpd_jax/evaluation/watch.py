@@ -78,7 +78,7 @@ def watch(
   state = _start(settings, params, prompt)
   tokens, watched, done = decoded.tokens[0], [], 0
   for call in decoded.traces[0]:
-    root = int(tokens[done - 1]) if done else generator.config.pad_id
+    root = int(tokens[done - 1]) if done else generator.config.start_id
     steps = []
     if done and settings.depth:
       path = first_path(root, call)[1:]

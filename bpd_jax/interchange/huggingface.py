@@ -9,7 +9,6 @@ Entry points: `import_model`, `export_model`.
 
 import math
 from pathlib import Path
-import shutil
 from typing import Any
 
 from flax import traverse_util
@@ -27,8 +26,8 @@ from bpd_jax.folders import (
     read_object,
     write_object,
 )
+from bpd_jax.interchange.tokenizer import transformers_files
 from bpd_jax.model.config import ModelConfig
-from bpd_jax.vocabulary import stored_name
 
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
@@ -50,6 +49,13 @@ FEED_FORWARDS = {
     "gated-gelu": (True, "gelu", "gelu_new"),
     "gated-gelu_new": (True, "gelu", "gelu_new"),
     "gated-silu": (True, "silu", "silu"),
+}
+
+# ModelConfig's special ids: the field in both files of transformers, and T5's default.
+SPECIAL_IDS = {
+    "pad_id": ("pad_token_id", 0),
+    "eos_id": ("eos_token_id", 1),
+    "start_id": ("decoder_start_token_id", None),
 }
 
 # Tensors that hold the same values: old folders repeat the embedding table.
@@ -165,18 +171,19 @@ def export_model(
     folder: a path that doesn't exist yet; its parents are made.
     config: of the model.
     params: the stored tree; its dtype is the one written.
-    vocabulary_file: a SentencePiece model, or ByT5's tokenizer_config.json, to copy
-      into the folder.
+    vocabulary_file: of the model's vocabulary, see `transformers_files`.
     max_shard_bytes: tensors beyond this go to further files, with an index. A
       larger single tensor has a file for itself.
 
   Raises:
-    InputError: where the folder exists, or the parameters aren't the config's.
+    InputError: where the folder exists, the parameters aren't the config's, or
+      transformers can't be given the vocabulary's ids.
   """
   check_new(folder)
   expected = leaf_shapes_of(config)
   check_shapes(leaf_shapes(params), expected)
   vocabulary_file = check_vocabulary(vocabulary_file)
+  texts = {} if vocabulary_file is None else transformers_files(vocabulary_file, config)
   if max_shard_bytes < 1:
     raise InputError("max_shard_bytes", max_shard_bytes, "a positive integer")
   leaves = traverse_util.flatten_dict(params, sep="/")
@@ -206,8 +213,8 @@ def export_model(
       save_file(heads, partial / HEADS_FILE, metadata={"format": "pt"})
     write_object(partial / CONFIG_FILE, _config_fields(config, str(leaves["embedding"].dtype)))
     write_object(partial / GENERATION_FILE, _token_ids(config))
-    if vocabulary_file is not None:
-      shutil.copyfile(vocabulary_file, partial / stored_name(vocabulary_file))
+    for name, content in texts.items():
+      (partial / name).write_bytes(content)
 
 
 def _tensor_places(config: ModelConfig, shapes: dict[str, tuple[int, ...]]) -> dict[str, Place]:
@@ -368,10 +375,8 @@ def _read_config(fields: dict[str, Any], folder: Path, **known: Any) -> ModelCon
   is_gated, activation = _read_feed_forward(fields, model_type)
   num_layers = _number(fields, "num_layers")
   d_ff = _number(fields, "d_ff")
-  pad_id = _number(fields, "pad_token_id", 0)
   if known["head_d_ff"] is None:
     known["head_d_ff"] = d_ff
-  _check_start(fields, folder, pad_id)
   return ModelConfig(
       d_model=_number(fields, "d_model"),
       d_ff=d_ff,
@@ -385,8 +390,7 @@ def _read_config(fields: dict[str, Any], folder: Path, **known: Any) -> ModelCon
       relpos_max_distance=_number(fields, "relative_attention_max_distance", 128),
       norm_epsilon=_number(fields, "layer_norm_epsilon", 1e-6, (int, float)),
       dropout_rate=_number(fields, "dropout_rate", 0.1, (int, float)),
-      pad_id=pad_id,
-      eos_id=_number(fields, "eos_token_id", 1),
+      **_special_ids(fields, folder),
       **known,
   )
 
@@ -422,14 +426,22 @@ def _read_feed_forward(fields: dict[str, Any], model_type: str) -> tuple[bool, s
   return is_gated, activation
 
 
-def _check_start(fields: dict[str, Any], folder: Path, pad_id: int) -> None:
-  """Raises InputError where decoding starts from another token than padding."""
-  start, file = fields.get("decoder_start_token_id"), CONFIG_FILE
-  if start is None and (folder / GENERATION_FILE).is_file():
-    file = GENERATION_FILE
-    start = read_object(folder / file).get("decoder_start_token_id")
-  if start is not None and start != pad_id:
-    raise InputError(f"{file} decoder_start_token_id", start, f"{pad_id}, the pad_token_id")
+def _special_ids(fields: dict[str, Any], folder: Path) -> dict[str, int]:
+  """pad_id, eos_id and start_id; InputError where the folder's two files differ.
+
+  transformers generates by `generation_config.json`, and trains by `config.json`.
+  """
+  path = folder / GENERATION_FILE
+  generation = read_object(path) if path.is_file() else {}
+  ids = {}
+  for name, (field, default) in SPECIAL_IDS.items():
+    other = generation.get(field)
+    # T5 starts from padding where nothing is said.
+    default = ids["pad_id"] if default is None else default
+    ids[name] = _number(fields, field, default if other is None else other)
+    if other is not None and other != ids[name]:
+      raise InputError(f"{GENERATION_FILE} {field}", other, f"{ids[name]}, as in {CONFIG_FILE}")
+  return ids
 
 
 def _check_head_sizes(
@@ -465,11 +477,7 @@ def _fill_heads(
 
 
 def _token_ids(config: ModelConfig) -> dict[str, int]:
-  return {
-      "decoder_start_token_id": config.pad_id,
-      "eos_token_id": config.eos_id,
-      "pad_token_id": config.pad_id,
-  }
+  return {field: getattr(config, name) for name, (field, _) in SPECIAL_IDS.items()}
 
 
 def _config_fields(config: ModelConfig, dtype: str) -> dict[str, Any]:

@@ -38,8 +38,9 @@ class ModelConfig:
     scan_unroll: layers that the scan over a stack goes through at a time. On a
       CPU a training step is a fifth faster where that is all of them, and
       compiles for longer.
-    pad_id: fills rows, and starts the decoder.
+    pad_id: fills rows.
     eos_id: ends a row.
+    start_id: the decoder's first input; `pad_id` by default, as in T5.
     dtype: of activations and matrix products.
     param_dtype: of stored parameters.
     accum_dtype: of norm statistics, attention scores, softmax, logits and
@@ -66,6 +67,7 @@ class ModelConfig:
   scan_unroll: int = 1
   pad_id: int = 0
   eos_id: int = 1
+  start_id: int | None = None
   dtype: str = "float32"
   param_dtype: str = "float32"
   accum_dtype: str = "float32"
@@ -91,7 +93,9 @@ class ModelConfig:
       )
     if not 0 <= self.dropout_rate < 1:
       raise InputError("ModelConfig.dropout_rate", self.dropout_rate, "from 0 to below 1")
-    for name in ("pad_id", "eos_id"):
+    if self.start_id is None:
+      object.__setattr__(self, "start_id", self.pad_id)
+    for name in ("pad_id", "eos_id", "start_id"):
       if not 0 <= getattr(self, name) < self.vocab_size:
         raise InputError(
             f"ModelConfig.{name}", getattr(self, name), f"an id below {self.vocab_size}"
@@ -108,6 +112,11 @@ class ModelConfig:
   def replace(self, **changes: Any) -> "ModelConfig":
     """A copy with some fields changed."""
     return dataclasses.replace(self, **changes)
+
+  @property
+  def special_ids(self) -> dict[str, int]:
+    """What rows are made with: EOS, padding and the decoder's first input, by field."""
+    return {name: getattr(self, name) for name in ("eos_id", "pad_id", "start_id")}
 
   def with_dtype(self, dtype: str) -> "ModelConfig":
     """A copy that stores and computes in one dtype, but for what `accum_dtype` says."""

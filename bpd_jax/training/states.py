@@ -110,7 +110,7 @@ def write_states(
           longest = min(max(len(row[0][0]) for row in rows), input_length)
           length = min(-(-longest // 64) * 64, input_length)
           rows += [[]] * (batch_size - len(rows))
-          batch = assemble(rows, length, target_length, eos_id=config.eos_id)
+          batch = assemble(rows, length, target_length, **config.special_ids)
           hidden = step.hidden(params, place_batch(step.partitioning, batch))
           hidden = np.asarray(hidden).astype(dtype, copy=False)
           for place, i in enumerate(group):
@@ -140,12 +140,12 @@ class StateBatches:
 
   def __init__(
       self, datasets: Sequence[HiddenStates], *, rates: Sequence[float] | None = None,
-      batch_size: int, target_length: int, seed: int = 0,
+      batch_size: int, target_length: int, seed: int = 0, **special_ids: int,
   ):
     """See `Batches`."""
     self._batches = Batches(
         datasets, rates=rates, batch_size=batch_size, input_length=1,
-        target_length=target_length, is_packed=True, seed=seed,
+        target_length=target_length, is_packed=True, seed=seed, **special_ids,
     )
 
   def steps_per_epoch(self) -> float:
