@@ -42,6 +42,7 @@ MODEL = ("tests/test_exactness.py", "-k", "float64 and t5_1_1")
 QUALITY = ("tests/test_quality.py",)
 STEP = ("tests/test_step.py", "-k", "not eight and not split")
 BATCHES = ("tests/test_batches.py",)
+FOLDERS = ("tests/test_folders.py",)
 TRAINING = ("tests/test_loop_training.py",)
 MODES = ("tests/test_train_modes.py", "-k", "base or distillation")
 INPUT = ("tests/test_train_input.py",)
@@ -188,10 +189,11 @@ MUTATIONS = (
     Mutation("quality of another row", "evaluation/quality.py",
              "_scores(name, references, generation.texts)",
              "_scores(name, references, generation.texts[::-1])", EVALUATE),
-    Mutation("rows encoded one task after another", "evaluate.py",
-             "encoded = {task.name: _encode(model, task, every[task.name]) for task in tasks}",
-             'encoded = {name: [x["inputs"] for x in own] for name, own in every.items()}',
-             EVALUATE),
+    Mutation("rows that don't fit left out unasked", "evaluate.py",
+             "name: _read_rows(model, name, own, chosen[name], unfit_rows)",
+             'name: _read_rows(model, name, own, chosen[name], "leave_out")', EVALUATE),
+    Mutation("an evaluation goes on with another n-gram file", "evaluation/scoring.py",
+             'fields["arpa"] = contents_fingerprint(source.arpa)', "pass", EVALUATE),
     Mutation("rejected tokens shown as accepted", "decode.py",
              "(REJECTED, rejected)]", "(ACCEPTED, rejected)]",
              ("tests/test_decode.py",)),
@@ -255,8 +257,19 @@ MUTATIONS = (
              "    if step > done:\n      save(step)\n", "", TRAINING),
     Mutation("folder shared by two processes", "training/loop.py",
              "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB", TRAINING),
-    Mutation("folder of another run taken", "training/loop.py",
+    Mutation("folder of another run taken", "folders.py",
              "if found.get(name) != wanted.get(name):", "if False:", TRAINING),
+    Mutation("contents compared by their time", "folders.py",
+             'own = hashlib.file_digest(opened, "sha256").hexdigest()',
+             "own = file.stat().st_mtime_ns", FOLDERS),
+    Mutation("a path elsewhere is a local folder", "folders.py",
+             "if _SCHEME.match(os.fspath(path)):", "if False:", FOLDERS),
+    Mutation("a path that Orbax can't read back", "folders.py",
+             "if _PATTERN.search(str(absolute)):", "if False:", FOLDERS),
+    Mutation("a model isn't read back", "checkpoints.py",
+             "read_back(partial / PARAMS_FOLDER,", "(partial / PARAMS_FOLDER,", FOLDERS),
+    Mutation("a folder claimed before shapes are divided", "training/step.py",
+             "partitioning.check_params(params)", "pass", ("tests/test_train_input.py",)),
     Mutation("first of equals is the best", "training/checkpointing.py",
              "(sign * self.figures[step], step)", "(sign * self.figures[step], -step)", TRAINING),
     Mutation("best state deleted", "training/checkpointing.py",
