@@ -306,7 +306,7 @@ def test_evaluate_names_the_tasks_row(params, tmp_path):
   save_model(tmp_path / "model", config, params, vocabulary)
   rows = tmp_path / "rows.jsonl"
   rows.write_text('{"inputs": "a text"}\n{"inputs": "b"}\n{"inputs": "a ~"}\n')
-  with pytest.raises(NotFinite, match=r"^mine prompts\[2\], call 1: the base model's largest"):
+  with pytest.raises(NotFinite, match=r"rows\.jsonl:3, call 1: the base model's largest"):
     evaluate(
         str(tmp_path / "model"), [JsonlTask("mine", str(rows))], [], str(tmp_path / "out"),
         max_decode_length=8, batch_size=2, repeats=1,

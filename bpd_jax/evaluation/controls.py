@@ -7,7 +7,6 @@ split has and how often, `convert` is the rule that `docstring_convert`'s target
 are made by. Their figures stand beside a model's, see docs/data.md.
 """
 
-import argparse
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 import functools
@@ -16,7 +15,6 @@ import math
 import re
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from bpd_jax.data import conventions, docstrings
@@ -31,7 +29,8 @@ from bpd_jax.data.rows import (
 )
 from bpd_jax.evaluation.bootstrap import mean_interval
 from bpd_jax.evaluation.quality import floor_texts, METRICS
-from bpd_jax.launch import run
+from bpd_jax.launch import Parser, run
+from bpd_jax.terminal import plain_console
 from bpd_jax.vocabulary import SentencePieceVocabulary
 
 # A word is known that occurs this often; rarer ones may be typing errors themselves.
@@ -137,7 +136,7 @@ def _splits(word: str) -> list[tuple[str, str]]:
 
 def main(argv: Sequence[str]) -> None:
   """Builds the corpus and prints a table of floors and controls."""
-  parser = argparse.ArgumentParser(
+  parser = Parser(
       prog="python -m bpd_jax.evaluation.controls", description=__doc__.splitlines()[0]
   )
   parser.add_argument("--split", choices=NUM_ROWS, default="test")
@@ -161,7 +160,7 @@ def main(argv: Sequence[str]) -> None:
         *(f"{scores(floors[name]).mean():.3f}" for name in ("another_reference", "input_start")),
         f"{found.mean():.3f}", f"{low:.3f}–{high:.3f}",
     )
-  console = Console(width=120)
+  console = plain_console(width=120)
   console.print(table)
   described = [record for record in records[args.split] if record.parameters]
   outlines = [conventions.parse(record.docstring) for record in described]
@@ -172,7 +171,7 @@ def main(argv: Sequence[str]) -> None:
   console.print(
       f"docstrings of {args.split} that describe parameters: {len(described):,}; the rule reads "
       f"{sum(outline is not None for outline in outlines):,} of them, {num_whole:,} with every "
-      "parameter", highlight=False,
+      "parameter"
   )
 
 
