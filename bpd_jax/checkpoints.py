@@ -66,6 +66,8 @@ def save_model(
         write_object(partial / CONFIG_FILE, config.to_dict())
         if vocabulary_file is not None:
           copy_vocabulary(vocabulary_file, partial)
+    except InputError:
+      raise
     except (OSError, ValueError) as error:  # TensorStore's are ValueErrors.
       raise InputError(
           "folder", str(folder), f"a path that can be written ({brief(error)})"

@@ -137,8 +137,7 @@ def evaluate(
       "versions": versions(),
   }
   identity = {
-      **made_with, "rows_fingerprint": rows_fingerprint([*itertools.chain(*every.values())]),
-      "bpd_jax": source_fingerprint(), "checkpoint": contents_fingerprint(checkpoint),
+      **made_with, "bpd_jax": source_fingerprint(), "checkpoint": contents_fingerprint(checkpoint),
       "dtype": dtype, "tasks": {task.name: _task_identity(task, every) for task in tasks},
       "methods": {method.name: method_identity(method) for method in methods},
       "batch_size": batch_size, "max_decode_length": max_decode_length, "repeats": repeats,
@@ -260,7 +259,7 @@ def _task_identity(task: Task, rows: dict[str, list[dict[str, str]]]) -> dict[st
 
 def _task_file(task: Task) -> str:
   """What an evaluation that was cut off knows of a task; gone at its end."""
-  return f".{task.name}.json"
+  return f".task.{task.name}.json"
 
 
 def _evaluate_task(
@@ -364,6 +363,9 @@ def _check_names(tasks: Sequence[Task], methods: Sequence[Method]) -> None:
   for named in (*tasks, *methods):
     if not re.fullmatch(r"[\w+-][\w.+-]*", named.name):
       raise InputError("name", named.name, "letters, digits, _ + - and . inside, as files have")
+  files = [f"{task.name}.{method.name}" for task in tasks for method in methods]
+  if len(set(files)) < len(files):
+    raise InputError("names", sorted(files), "TASK.METHOD that differ, as files are called so")
   for task in tasks:
     check_metric(task.name, task.main_metric)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -35,6 +36,8 @@ def local_path(path: PathLike, field: str = "path") -> Path:
   Raises:
     InputError: where it is on something else, "gs://…", or there is no such home.
   """
+  if not isinstance(path, str | os.PathLike):
+    raise InputError(field, path, "a path")
   if _SCHEME.match(os.fspath(path)):
     raise InputError(field, str(path), "a path on a local disk; others can't be read or written")
   try:
@@ -83,7 +86,7 @@ def new_folder(folder: PathLike, *, may_replace: bool = False) -> Iterator[Path]
   _wait_for_all("begin")
   try:
     yield partial
-    _put(partial, folder)
+    _put(partial, folder, may_replace=may_replace)
   except BaseException:
     if is_first:
       shutil.rmtree(partial, ignore_errors=True)
@@ -107,26 +110,60 @@ def resumable_folder(folder: PathLike, identity: dict[str, Any]) -> Iterator[Pat
   check_new(folder)
   folder, partial = _place(folder)
   is_first = jax.process_index() == 0
-  if is_first:
-    found = _identity(partial)
-    if found is None:
-      shutil.rmtree(partial, ignore_errors=True)
-    else:
-      check_identity(
-          "", found, identity, f"as when {folder} was begun; to begin anew, remove {partial}"
-      )
-    _make(partial, folder)
-    write_object(partial / IDENTITY_FILE, identity)
-  _wait_for_all("begin")
-  try:
-    yield partial
+  with contextlib.ExitStack() as stack:
     if is_first:
-      (partial / IDENTITY_FILE).unlink()
-    _put(partial, folder)
-  except BaseException:
-    if is_first and {path.name for path in partial.glob("*")} <= {IDENTITY_FILE}:
-      shutil.rmtree(partial, ignore_errors=True)
-    raise
+      _make(partial, folder)
+      stack.enter_context(held(partial / IDENTITY_FILE, "folder", folder))
+      found = _identity(partial)
+      if found is not None:
+        check_identity(
+            "", found, identity, f"as when {folder} was begun; to begin anew, remove {partial}"
+        )
+      else:
+        _empty(partial)
+      write_object(partial / IDENTITY_FILE, identity)
+    _wait_for_all("begin")
+    try:
+      yield partial
+      if is_first:
+        (partial / IDENTITY_FILE).unlink()
+      _put(partial, folder, may_replace=False)
+    except BaseException:
+      if is_first and {path.name for path in partial.glob("*")} <= {IDENTITY_FILE}:
+        shutil.rmtree(partial, ignore_errors=True)
+      raise
+
+
+@contextlib.contextmanager
+def held(file: Path, field: str, folder: Path) -> Iterator[None]:
+  """Holds a file that one process at a time can hold.
+
+  Args:
+    file: made where it isn't there.
+    field: what the folder is, for errors.
+    folder: whose file it is.
+
+  Raises:
+    InputError: where another process holds it.
+    OSError: where it can't be written.
+  """
+  with open(file, "a", encoding="utf-8") as lock:
+    try:
+      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+      raise InputError(field, str(folder), "one that no other process works in") from error
+    except OSError:
+      pass  # A file system without locks.
+    yield
+
+
+def _empty(partial: Path) -> None:
+  """Removes all but the file that is held."""
+  for path in partial.iterdir():
+    if path.is_dir():
+      shutil.rmtree(path, ignore_errors=True)
+    elif path.name != IDENTITY_FILE:
+      path.unlink()
 
 
 def _place(folder: PathLike) -> tuple[Path, Path]:
@@ -144,10 +181,12 @@ def _make(partial: Path, folder: Path) -> None:
     ) from error
 
 
-def _put(partial: Path, folder: Path) -> None:
+def _put(partial: Path, folder: Path, *, may_replace: bool) -> None:
   """Renames what is whole, in place of what was there."""
   _wait_for_all("written")
   if jax.process_index() == 0:
+    if not may_replace:
+      check_new(folder)
     old = folder.with_name(f".{folder.name}.old")
     if folder.exists():
       shutil.rmtree(old, ignore_errors=True)
@@ -187,15 +226,19 @@ def partial_file(path: Path) -> Path:
   return path.with_name(f".{path.name}.partial")
 
 
-def contents_fingerprint(path: PathLike) -> str:
+def contents_fingerprint(path: PathLike, field: str = "path") -> str:
   """Sixteen hexadecimal digits of a file's contents, or of all names and contents in a folder.
 
-  They are the same wherever it lies and whenever it was written; a GB takes about a second.
+  They are the same wherever it lies and whenever it was written; a GB takes a second or two.
+
+  Args:
+    path: of the file or folder.
+    field: what it is, for errors.
 
   Raises:
     InputError: where it can't be read.
   """
-  path = local_path(path)
+  path = local_path(path, field)
   digest = hashlib.sha256()
   try:
     if path.is_dir():
@@ -207,7 +250,7 @@ def contents_fingerprint(path: PathLike) -> str:
         own = hashlib.file_digest(opened, "sha256").hexdigest()
       digest.update(f"{file.relative_to(path).as_posix()} {own}\n".encode())
   except OSError as error:
-    raise InputError("path", str(path), f"one that can be read ({error.strerror})") from error
+    raise InputError(field, str(path), f"one that can be read ({error.strerror})") from error
   return digest.hexdigest()[:16]
 
 

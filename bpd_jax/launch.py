@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 from bpd_jax.compilation_cache import describe_cache, keep_programs
 from bpd_jax.environment import quiet_libtpu
 from bpd_jax.errors import check_text, InputError
+from bpd_jax.folders import local_path
 
 PACKAGE = Path(__file__).parent
 # Where the folder `gin` lies: beside the package in a checkout, below it where it is installed.
@@ -198,7 +199,7 @@ def find_gin_file(file: str, including: Path | None = None) -> Path | None:
   above = () if including is None else including.parents
   for folder in (Path(), *above, *GIN_ROOTS):
     # An absolute path stays what it is.
-    path = folder / file
+    path = folder / local_path(file, "gin_file")
     if path.is_file():
       return path.absolute()
   return None

@@ -220,7 +220,7 @@ def query(
       raise InputError("token", wrong[0], "an id; for text add --vocabulary FOLDER")
     pieces, tokens = None, [int(word) for word in words]
   else:
-    pieces = find_vocabulary(vocabulary)
+    pieces = find_vocabulary(vocabulary, has_sentinels=False)
     check_vocabulary(path, pieces.fingerprint)
     tokens = pieces.encode(" ".join(words))
   with progress() as say:
@@ -265,8 +265,8 @@ def speed(
     check_count(name, value)
   with progress() as say:
     say("reading tokens")
-    read = [read_source(source, side) for source in sources]
     model = read_arpa(path, vocab_size, say=say)
+    read = [read_source(source, side, model.eos_id) for source in sources]
   tokens = np.concatenate([
       source.join(model.vocab_size, model.start_id, model.eos_id) for source in read
   ])
@@ -347,16 +347,25 @@ def write_text(sources: Sequence[str], file: TextIO, *, side: str = "targets") -
     os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
 
 
-def read_source(path: str, side: str, eos_id: int = 1) -> Source:
-  """Reads a token cache, or the `tokens` of a JSONL file; InputError where it is neither."""
-  if local_path(path, "source").is_dir():
-    cache = TokenCache(path)
+def read_source(path: str, side: str, eos_id: int | None = None) -> Source:
+  """Reads a token cache, or the `tokens` of a JSONL file; InputError where it is neither.
+
+  Args:
+    path: of either.
+    side: of a cache's examples.
+    eos_id: which ends sequences; by default a cache's own, and 1 of a file's.
+  """
+  place = local_path(path, "source")
+  if place.is_dir():
+    cache = TokenCache(place)
+    eos_id = cache.eos_id if eos_id is None else eos_id
     if cache.eos_id != eos_id:
       raise InputError("eos_id", eos_id, f"{cache.eos_id}, that of token cache {path}")
     sequences = [cache[i][part] for i in range(len(cache)) for part in SIDES[side]]
     identity = cache.vocab_size, cache.vocabulary, cache.fingerprint
     source = Source(path, cache.name, sequences, *identity)
-  elif os.path.exists(path):
+  elif place.exists():
+    eos_id = 1 if eos_id is None else eos_id
     source = Source(path, path, list(_json_tokens(path)))
   else:
     raise InputError("source", path, "a token cache, or a JSONL file in UTF-8")
@@ -457,7 +466,7 @@ def print_model(to: str, model: BackOff, source: str, started: float) -> None:
   table.add_row("all", f"{total:,}")
   plain_console().print(table)
   print(
-      f"{to}: {os.path.getsize(to) / 1e6:,.1f} MB from {source}, "
+      f"{to}: {local_path(to).stat().st_size / 1e6:,.1f} MB from {source}, "
       f"{time.monotonic() - started:,.0f} s; on the device {num_bytes / 1e6:,.1f} MB, "
       f"{num_bytes / total:.1f} bytes an n-gram"
   )

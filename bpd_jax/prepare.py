@@ -107,7 +107,7 @@ def cache(
       )
       folder = local_path(to, "to") / f"{task}.{split}"
       if os.path.lexists(folder):
-        seqio_cache.check_same(folder, request)
+        seqio_cache.check_same(folder, request, vocabulary)
         print(f"{folder}: is there and whole")
       else:
         todo[folder] = request
@@ -230,17 +230,24 @@ def print_tasks(data_dir: str | None = None, **corpus: Any) -> None:
   console.print(table)
 
 
-def find_vocabulary(path: str) -> Vocabulary:
-  """Reads a vocabulary file, or that of a model folder, whose EOS then is the model's."""
+def find_vocabulary(path: str, *, has_sentinels: bool = True) -> Vocabulary:
+  """Reads a vocabulary file, or that of a model folder, whose EOS then is the model's.
+
+  Args:
+    path: of either.
+    has_sentinels: whether the model must have rows for the sentinels behind the pieces.
+  """
   folder = found = local_path(path, "vocabulary")
   if folder.is_dir():
     found = vocabulary_path(folder)
   if found is None or not found.is_file():
-    raise InputError("vocabulary", path, "a SentencePiece model file, or a folder with one")
+    raise InputError(
+        "vocabulary", path, "a SentencePiece model, a tokenizer.json, or a folder with one"
+    )
   if not (folder / CONFIG_FILE).is_file():
     return read_vocabulary(found)
   config = load_config(folder)
-  vocabulary = open_vocabulary(found, config.vocab_size, has_sentinels=True)
+  vocabulary = open_vocabulary(found, config.vocab_size, has_sentinels=has_sentinels)
   vocabulary.eos_id = config.eos_id
   return vocabulary
 

@@ -198,6 +198,11 @@ class ByteVocabulary:
       return names[token]
     return f"<0x{token - self.offset:02X}>" if token < self.size else f"<{token}>"
 
+  def token_id(self, token: str) -> int | None:
+    """The id of a byte's character; None of anything else."""
+    data = token.encode("utf-8")
+    return data[0] + self.offset if len(data) == 1 else None
+
 
 Vocabulary = SentencePieceVocabulary | TokenizerVocabulary | ByteVocabulary
 
@@ -302,14 +307,18 @@ def check_added_tokens(folder: PathLike, vocabulary: Vocabulary) -> None:
   They stand in added_tokens.json or tokenizer_config.json. What writes those writes a
   tokenizer.json too, or can be made to: `AutoTokenizer` reads and saves the folder.
   """
-  if isinstance(vocabulary, ByteVocabulary):
-    return
   folder = local_path(folder)
   added = dict(_read_fields(folder / ADDED_FILE))
   decoder = _read_fields(folder / SETTINGS_FILE).get("added_tokens_decoder")
   for token, fields in (decoder if isinstance(decoder, dict) else {}).items():
     if isinstance(fields, dict) and token.isdecimal():
       added[fields.get("content")] = int(token)
+  if isinstance(vocabulary, ByteVocabulary):
+    # ByT5's own special tokens, which no text becomes here.
+    added = {
+        token: number for token, number in added.items()
+        if number >= vocabulary.offset and not _SENTINEL.fullmatch(str(token))
+    }
   lost = [token for token, number in added.items() if vocabulary.token_id(token) != number]
   if lost:
     raise InputError(

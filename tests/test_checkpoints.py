@@ -182,6 +182,35 @@ def test_finished_files_outlive_a_cut(tmp_path):
   assert not os.listdir(tmp_path)
 
 
+def test_a_folder_is_one_processs_and_replaces_nothing_that_came_meanwhile(tmp_path):
+  folder = tmp_path / "results"
+  with folders.resumable_folder(folder, {"seed": 1}) as partial:
+    (partial / "part").write_text("x")
+    with pytest.raises(InputError, match="^folder = .*: allowed is one that no other process"):
+      with folders.resumable_folder(folder, {"seed": 1}):
+        pass
+  assert os.listdir(folder) == ["part"]
+  for make in (lambda: folders.new_folder(tmp_path / "new"),
+               lambda: folders.resumable_folder(tmp_path / "new", {})):
+    with pytest.raises(InputError, match="a path where nothing is yet"):
+      with make() as partial:
+        (partial / "mine").write_text("x")
+        (tmp_path / "new").mkdir()
+        (tmp_path / "new/theirs").write_text("y")
+    assert os.listdir(tmp_path / "new") == ["theirs"]
+    shutil.rmtree(tmp_path / "new")
+
+
+def test_what_is_wrong_beside_a_vocabulary_is_named(tmp_path, params):
+  (tmp_path / "words").mkdir()
+  vocabulary = tmp_path / "words/spiece.model"
+  shutil.copyfile(ROOT / "bpd_jax/data/files/docstrings.model", vocabulary)
+  (tmp_path / "words/tokenizer_config.json").write_text('{"extra_ids": 500}')
+  with pytest.raises(InputError, match=r"^.*tokenizer_config\.json extra_ids = 500: allowed is 0"):
+    save_model(tmp_path / "model", CONFIG, params, vocabulary)
+  assert not (tmp_path / "model").exists()
+
+
 def test_unwritable_place_is_an_input_error(tmp_path, params):
   (tmp_path / "file").write_text("x")
   with pytest.raises(InputError, match="^folder = .*a path that can be written"):

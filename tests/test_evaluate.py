@@ -23,7 +23,7 @@ from bpd_jax.data.rows import rows_fingerprint, RowsTask, TASKS
 from bpd_jax.errors import InputError
 from bpd_jax.evaluate import evaluate, main
 from bpd_jax.evaluation.quality import edit_similarity, exact_match, rouge_l
-from bpd_jax.evaluation.run import describe_generation, measure_methods, Method
+from bpd_jax.evaluation.run import describe_generation, measure_methods, Method, method_identity
 from bpd_jax.evaluation.scoring import NeuralSource, NgramSource
 from bpd_jax.evaluation.table import means_over_learned, print_results
 from bpd_jax.evaluation.tuning import Tuning
@@ -283,6 +283,30 @@ def test_table_says_quality_beside_efficiency(evaluated_rows):
   mean = found[found.index("mean of 2 learned of 4"):]
   # 2 and 3, and the geometric mean of 1/2 and 2; nothing of the 7.77.
   assert re.search(r"blockwise +2\.500 +1\.00×", mean)
+
+
+def test_names_whose_files_would_be_one_are_refused(model_folder, rows_file, tmp_path):
+  tasks = [JsonlTask(name, str(rows_file)) for name in ("a", "a.b")]
+  with pytest.raises(InputError, match=r"^names = \['a\.b\.c', 'a\.b\.c', .*TASK\.METHOD that"):
+    evaluate(str(model_folder), tasks, [Method("b.c"), Method("c")], str(tmp_path / "out"))
+
+
+def test_a_task_may_have_any_name(model_folder, rows_file, tmp_path):
+  """That of what the folder keeps for itself as well."""
+  results = evaluate(
+      str(model_folder), [JsonlTask("identity", str(rows_file))], [], str(tmp_path / "out"),
+      max_decode_length=4, repeats=1,
+  )
+  assert list(results["tasks"]) == ["identity"]
+
+
+class Plain:
+  """A drafter that says nothing of itself."""
+
+
+def test_a_drafter_is_the_same_in_another_process():
+  one, other = (method_identity(Method("mine", Plain())) for _ in range(2))
+  assert one == other and one["method"] == "test_evaluate.Plain"
 
 
 def test_existing_output_is_refused(model_folder, rows_file, tmp_path):

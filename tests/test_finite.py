@@ -10,6 +10,7 @@ import pytest
 import test_loop
 from test_loop import make_rows, MAX_LENGTH, MODEL, NoisyDrafter
 
+from bpd_jax import decode
 from bpd_jax.checkpoints import save_model
 from bpd_jax.data.jsonl import JsonlTask
 from bpd_jax.decoding import accept, loop
@@ -290,6 +291,19 @@ def test_replay_says_so_too(params):
   broken = Generator(CONFIG, changed(params, "heads/w1", (0, 1, 1), NAN))
   with pytest.raises(NotFinite, match=r"^prompts\[0\], call 2: a head's largest logit"):
     replay(broken, recording, batch_size=8)
+
+
+def test_decode_names_the_prompts_line(params, tmp_path, capsys):
+  config = CONFIG.replace(vocab_size=384)
+  params = {**params, "embedding": np.full([384, 16], NAN, np.float32),
+            "logits_kernel": np.ones([16, 384], np.float32)}
+  vocabulary = tmp_path / "tokenizer_config.json"
+  vocabulary.write_text('{"tokenizer_class": "ByT5Tokenizer"}')
+  save_model(tmp_path / "model", config, params, vocabulary)
+  (tmp_path / "p.txt").write_text("\na\n")
+  with pytest.raises(NotFinite, match=r"p\.txt:2, call 1: the base model's largest logit"):
+    decode.main(["--checkpoint", str(tmp_path / "model"), "--file", str(tmp_path / "p.txt"),
+                 "--max-length", "4"])
 
 
 def test_evaluate_names_the_tasks_row(params, tmp_path):

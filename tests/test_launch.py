@@ -91,6 +91,12 @@ def check_from(folder, package_root, files):
   assert [line.split() for line in done.stdout.splitlines()] == [found] * len(files)
 
 
+def test_a_gin_file_in_a_home(tmp_path, monkeypatch):
+  monkeypatch.setenv("HOME", str(tmp_path))
+  (tmp_path / "mine.gin").write_text("STEPS = 3\n")
+  assert launch.find_gin_file("~/mine.gin") == tmp_path / "mine.gin"
+
+
 def test_gin_files_of_the_package_are_found_from_another_folder(tmp_path):
   file = "gin/runs/train_tiny.gin"
   check_from(tmp_path, ROOT, [file, str(ROOT / file)])

@@ -495,7 +495,7 @@ def test_nothing_is_left_of_a_run_that_did_not_begin(tmp_path):
 def test_two_processes_do_not_train_in_one_folder(tmp_path):
   with open_run(tmp_path / "run", IDENTITY):
     claim_run(tmp_path / "run", IDENTITY)
-    with pytest.raises(InputError, match="allowed is one that no other process trains in"):
+    with pytest.raises(InputError, match="allowed is one that no other process works in"):
       with open_run(tmp_path / "run", IDENTITY):
         pass
   with open_run(tmp_path / "run", IDENTITY) as has_begun:

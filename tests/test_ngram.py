@@ -52,6 +52,29 @@ def folder(tmp_path_factory):
   return folder
 
 
+def test_sequences_end_as_their_cache_says(tmp_path, capsys):
+  """An EOS of 2 isn't a token of the text, for every command."""
+  examples = [([5, 6, 2], [7, 8, 9, 2]), ([5, 2], [8, 9, 7, 2])]
+  write_cache(
+      tmp_path / "two", examples, task="t", split="x", vocabulary=ByteVocabulary(), eos_id=2
+  )
+  ngram.main(["text", str(tmp_path / "two")])
+  assert capsys.readouterr().out == "7 8 9\n8 9 7\n"
+  lm = str(tmp_path / "lm.arpa")
+  ngram.main(["train", str(tmp_path / "two"), "--to", lm, "--order", "2", "--eos-id", "2",
+              "--cutoffs", "1", "1"])
+  for command in ("perplexity", "speed"):
+    options = ["--batches", "1", "--repeats", "1"] if command == "speed" else []
+    ngram.main([command, lm, str(tmp_path / "two"), *options])
+
+
+def test_files_in_a_home(folder, tmp_path, monkeypatch, capsys):
+  monkeypatch.setenv("HOME", str(tmp_path))
+  (tmp_path / "rows.jsonl").write_text((folder / "rows.jsonl").read_text())
+  ngram.main(["train", "~/rows.jsonl", "--vocab-size", str(VOCAB), "--to", "~/lm.arpa"])
+  assert "~/lm.arpa: " in capsys.readouterr().out and (tmp_path / "lm.arpa").is_file()
+
+
 def test_a_model_is_that_of_the_caches_tokens(folder, tmp_path, capsys):
   to = tmp_path / "lm.arpa.gz"
   ngram.main([

@@ -159,6 +159,23 @@ def test_added_tokens_are_read_or_refused(unigram, tmp_path):
     check_added_tokens(unigram, load_vocabulary(unigram, 512))
 
 
+def test_tokens_added_to_bytes_are_refused(tmp_path):
+  transformers.ByT5Tokenizer().save_pretrained(tmp_path)
+  bytes_alone = load_vocabulary(tmp_path, 384)
+  check_added_tokens(tmp_path, bytes_alone)
+  tokenizer = transformers.ByT5Tokenizer.from_pretrained(tmp_path)
+  tokenizer.add_tokens(["NEWTOK"])
+  tokenizer.save_pretrained(tmp_path)
+  with pytest.raises(InputError, match=r"added tokens = \['NEWTOK'\]: allowed is those of a tok"):
+    check_added_tokens(tmp_path, bytes_alone)
+
+
+def test_padding_beyond_the_pieces_is_no_t5s(unigram, tmp_path):
+  config = ModelConfig(vocab_size=512, pad_id=450)
+  files = transformers_files(unigram / "spiece.model", config)
+  assert "spiece.model" not in files
+
+
 def test_bad_files_are_one_line(unigram):
   path = unigram / "spiece.model"
   path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 791656\n")

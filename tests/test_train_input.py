@@ -74,7 +74,8 @@ VALUES = {
         ["--gin.VOCABULARY='x'"], "vocabulary = 'x': allowed is a SentencePiece model file"),
     "a larger vocabulary": (
         ["--gin.VOCABULARY='bpd_jax/data/files/docstrings.model'"],
-        r".*docstrings\.model size = 3996: allowed is at most 260, the model's vocab_size"),
+        r".*docstrings\.model size = 4096: allowed is at most 260, the model's vocab_size"),
+    "a number for a path": (["--gin.WORKDIR=3"], "workdir = 3: allowed is a path"),
     "more devices": (["--gin.DATA_PARALLEL=64"], r"mesh = \(64, 1, 1\): allowed is sizes whose"),
 }
 

@@ -104,9 +104,12 @@ def write_task(
   return written, too_long
 
 
-def check_same(folder: Path, request: Request) -> None:
+def check_same(folder: Path, request: Request, vocabulary: Vocabulary) -> None:
   """InputError where a folder isn't the whole cache that is asked for."""
-  TokenCache(folder)
+  # The same pieces may end otherwise, as a model says.
+  found = TokenCache(folder).eos_id
+  if found != vocabulary.eos_id:
+    raise InputError(f"{folder} eos_id", vocabulary.eos_id, f"{found}, of the cache that is there")
   path = folder / REQUEST_FILE
   found = read_object(path) if path.exists() else {}
   for name, value in dataclasses.asdict(request).items():

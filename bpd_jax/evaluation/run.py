@@ -89,7 +89,10 @@ def method_identity(method: Method) -> dict[str, Any]:
     module = sys.modules[type(method.method).__module__]
     # A drafter that was typed into an interpreter has no file.
     source = getattr(module, "__file__", None)
-    fields["method"] = repr(method.method)
+    kind = type(method.method)
+    # The default says where in memory an object lies, which is another place every time.
+    has_own = kind.__repr__ is not object.__repr__
+    fields["method"] = repr(method.method) if has_own else f"{kind.__module__}.{kind.__qualname__}"
     fields["module"] = None if source is None else contents_fingerprint(source)
   return fields | {"scorers": [source_identity(source) for source in method.scorers]}
 

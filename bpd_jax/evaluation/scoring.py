@@ -141,10 +141,12 @@ def source_identity(source: Source) -> dict[str, Any]:
   """`describe_source` with the contents of files in place of their paths."""
   fields = describe_source(source)
   if isinstance(source, NeuralSource):
-    fields["checkpoint"] = contents_fingerprint(source.checkpoint)
+    fields["checkpoint"] = contents_fingerprint(
+        source.checkpoint, "NeuralSource.checkpoint"
+    )
   if isinstance(source, NgramSource):
     about = info_path(source.arpa)
-    fields["arpa"] = contents_fingerprint(source.arpa)
+    fields["arpa"] = contents_fingerprint(source.arpa, "NgramSource.arpa")
     fields["arpa_json"] = contents_fingerprint(about) if about.is_file() else None
   return fields
 

@@ -92,7 +92,9 @@ def _is_t5s(proto: Any, vocabulary: SentencePieceVocabulary, config: ModelConfig
       and normalizer.remove_extra_whitespaces
       and bool(normalizer.precompiled_charsmap)
       and not symbols
-      and all(proto.pieces[i].piece == piece for i, piece in special.items())
+      and all(
+          i < len(proto.pieces) and proto.pieces[i].piece == piece for i, piece in special.items()
+      )
   )
 
 

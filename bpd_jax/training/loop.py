@@ -7,7 +7,6 @@ was killed, at whatever moment, ends where an undisturbed one ends.
 from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import dataclasses
-import fcntl
 import math
 import os
 from pathlib import Path
@@ -23,6 +22,7 @@ import numpy as np
 from bpd_jax.errors import check_count, InputError
 from bpd_jax.folders import (
     check_identity,
+    held,
     new_file,
     partial_file,
     read_object,
@@ -134,18 +134,12 @@ def open_run(workdir: str | os.PathLike, identity: Mapping[str, Any]) -> Iterato
     )
   elif not is_new and (not folder.is_dir() or {*os.listdir(folder)} - leftovers):
     raise InputError("workdir", str(folder), f"a new folder, or one with a {RUN_FILE}")
-  try:
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = open(folder / LOCK_FILE, "a")
-  except OSError as error:
-    raise _unwritable(folder, error) from error
-  with lock:
+  with contextlib.ExitStack() as stack:
     try:
-      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-      raise InputError("workdir", str(folder), "one that no other process trains in") from error
-    except OSError:
-      pass  # A file system without locks.
+      folder.mkdir(parents=True, exist_ok=True)
+      stack.enter_context(held(folder / LOCK_FILE, "workdir", folder))
+    except OSError as error:
+      raise _unwritable(folder, error) from error
     try:
       yield has_begun
     finally:
