@@ -363,7 +363,8 @@ def _check_names(tasks: Sequence[Task], methods: Sequence[Method]) -> None:
   for named in (*tasks, *methods):
     if not re.fullmatch(r"[\w+-][\w.+-]*", named.name):
       raise InputError("name", named.name, "letters, digits, _ + - and . inside, as files have")
-  files = [f"{task.name}.{method.name}" for task in tasks for method in methods]
+  kinds = dict.fromkeys(method.name for method in methods)
+  files = [f"{name}.{kind}" for name in names for kind in kinds]
   if len(set(files)) < len(files):
     raise InputError("names", sorted(files), "TASK.METHOD that differ, as files are called so")
   for task in tasks:

@@ -317,7 +317,7 @@ def check_added_tokens(folder: PathLike, vocabulary: Vocabulary) -> None:
     # ByT5's own special tokens, which no text becomes here.
     added = {
         token: number for token, number in added.items()
-        if number >= vocabulary.offset and not _SENTINEL.fullmatch(str(token))
+        if number >= vocabulary.offset and not re.fullmatch(r"<extra_id_\d+>", str(token))
     }
   lost = [token for token, number in added.items() if vocabulary.token_id(token) != number]
   if lost:
