@@ -194,7 +194,7 @@ MUTATIONS = (
              'name: _read_rows(model, name, own, chosen[name], "leave_out")', EVALUATE),
     Mutation("an evaluation goes on with another n-gram file", "evaluation/scoring.py",
              'fields["arpa"] = contents_fingerprint(source.arpa, "NgramSource.arpa")', "pass",
-             EVALUATE),
+             ("tests/test_evaluate.py", "-k", "same_contents")),
     Mutation("rejected tokens shown as accepted", "decode.py",
              "(REJECTED, rejected)]", "(ACCEPTED, rejected)]",
              ("tests/test_decode.py",)),

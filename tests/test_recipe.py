@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import jax
+import orbax.checkpoint as ocp
 import pytest
 
 from bpd_jax.data.rows import load_rows, TASKS, VOCABULARY_FILE
@@ -66,8 +67,9 @@ def test_one_command_from_caches_to_the_copy(tmp_path, file):
   assert last == {"grow": 4, "settle": 30, "heads": 110}
   model = load(folder / "shipped")
   assert model.config.block_size == 9 and model.config.dtype == "float32"
-  stored = sum(path.stat().st_size for path in (folder / "shipped/params").rglob("*"))
-  assert stored < 2.2 * sum(leaf.size for leaf in jax.tree.leaves(model.params))
+  with ocp.StandardCheckpointer() as checkpointer:
+    stored = checkpointer.metadata(folder / "shipped/params").item_metadata.tree
+  assert {str(leaf.dtype) for leaf in jax.tree.leaves(stored)} == {"bfloat16"}
   assert model.generate([load_rows("grammar")[0]["inputs"]], max_length=4).block_efficiency >= 1
   # All is done: nothing is trained again.
   assert "new run in" not in run() and "goes on in" not in run()
