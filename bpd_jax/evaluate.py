@@ -129,9 +129,7 @@ def evaluate(
       else ([], list(range(len(own))))
       for name, own in every.items()
   }
-  how = _How(
-      tuple(methods), batch_size, max_decode_length, repeats, tuning, has_report, unfit_rows
-  )
+  how = _How(tuple(methods), batch_size, max_decode_length, repeats, tuning, has_report)
   made_with = {
       "device": describe_device(),
       "versions": versions(),
@@ -209,7 +207,6 @@ class _How:
   repeats: int
   tuning: Tuning | Tuned | None
   has_report: bool
-  unfit_rows: str
 
 
 @dataclasses.dataclass(frozen=True)
