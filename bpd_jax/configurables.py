@@ -10,6 +10,7 @@ from bpd_jax.data.datasets import CachedTask
 from bpd_jax.data.grammar import GrammarTask
 from bpd_jax.data.jsonl import JsonlTask
 from bpd_jax.data.rows import RowsTask
+from bpd_jax.evaluation.drafting import Draft, Reference
 from bpd_jax.evaluation.run import Method
 from bpd_jax.evaluation.scoring import (
     CacheSource,
@@ -27,9 +28,9 @@ from bpd_jax.training.loss import Loss
 from bpd_jax.training.optimizer import Optimizer
 
 for configurable in (
-    CachedTask, CacheSource, GrammarTask, JsonlTask, Loss, Method, ModelConfig, NeuralSource,
-    NgramSource, NoRepeatSource, Optimizer, OracleSource, RowsTask, Schedule, Tuned, Tuning,
-    Validation,
+    CachedTask, CacheSource, Draft, GrammarTask, JsonlTask, Loss, Method, ModelConfig,
+    NeuralSource, NgramSource, NoRepeatSource, Optimizer, OracleSource, Reference, RowsTask,
+    Schedule, Tuned, Tuning, Validation,
 ):
   gin.external_configurable(configurable, module="bpd_jax")
 gin.external_configurable(make_partitioning, module="bpd_jax", denylist=["devices"])

@@ -99,9 +99,8 @@ def describe_call(number: int, call: Call, vocabulary: Vocabulary) -> Text:
   The token stands where it was decided, after the accepted ones; the rejected
   rest of the draft follows.
   """
-  nodes = call.accepted
-  accepted = len(nodes)
-  rejected = [token for node, token in enumerate(call.draft) if node not in nodes]
+  accepted = call.num_accepted
+  rejected = [token for node, token in enumerate(call.draft) if node not in call.accepted]
   parts = [(ACCEPTED, call.emitted[:accepted]), (BASE, call.emitted[accepted:]),
            (REJECTED, rejected)]
   text = Text(f"{number:5}  {accepted}/{len(call.draft)} ")
@@ -179,10 +178,8 @@ def main(argv: Sequence[str]) -> None:
   )
   parser.add_argument("--svg", metavar="FILE", help="save the calls as a picture")
   parser.add_argument(
-      "--block-size", type=int, metavar="H", help="most tokens a call emits (default the model's)"
-  )
-  parser.add_argument(
-      "--verify-width", type=int, metavar="N", help="nodes a call, at most H (default H)"
+      "--block-size", type=int, metavar="H",
+      help="most tokens a call emits, its nodes (default all of the model's heads)",
   )
   parser.add_argument(
       "--max-length", type=int, default=128, metavar="N",
@@ -202,10 +199,14 @@ def main(argv: Sequence[str]) -> None:
   model = load(args.checkpoint, dtype=args.dtype)
   names, prompts = [*prompts], [*prompts.values()]
   rows = model.encode_prompts(prompts, names=names)
+  method = args.method
+  if args.block_size is not None:
+    if method == "greedy":
+      raise InputError("block-size", args.block_size, "no option of --method greedy")
+    method = model.heads(args.block_size)
   try:
     generation = model.generate(
-        rows, args.method, block_size=args.block_size, verify_width=args.verify_width,
-        max_length=args.max_length, batch_size=min(args.batch_size, len(prompts)),
+        rows, method, max_length=args.max_length, batch_size=min(args.batch_size, len(prompts)),
     )
   except NotFinite as error:
     raise error.among(names) from error

@@ -387,7 +387,7 @@ def _choose_weights(
     The scorers of each method, and its block efficiency on the rows to tune on.
   """
   scoring = {
-      method.name: load_scoring(method.scorers, model, how.max_decode_length)
+      method.name: load_scoring(method.scorers, model)
       for method in how.methods
   }
   tunable = [method for method in how.methods if method.scorers]

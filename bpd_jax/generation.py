@@ -15,27 +15,31 @@ import numpy as np
 
 from bpd_jax.checkpoints import load_model
 from bpd_jax.decoding import accept, loop
-from bpd_jax.decoding.rescoring import Rescorer, rescorer_params, RescorerParams, Scoring
-from bpd_jax.decoding.scorers.reference import ReferenceScorer
+from bpd_jax.decoding.drafters.empty import EmptyDrafter
+from bpd_jax.decoding.rescoring import Rescorer, rescorer_params, Scoring
+from bpd_jax.decoding.scorers.neural import NeuralScorer
 from bpd_jax.decoding.search import SearchSettings
-from bpd_jax.decoding.types import AcceptanceRule, Drafter, Prompt
-from bpd_jax.errors import check_text, InputError
+from bpd_jax.decoding.types import AcceptanceRule, Drafter, Drafting, Policing, Prompt
+from bpd_jax.errors import check_count, check_text, InputError
 from bpd_jax.folders import PathLike
 from bpd_jax.model.config import ModelConfig
 from bpd_jax.model.model import EncoderDecoder
 from bpd_jax.partitioning import Partitioning, single_device
 from bpd_jax.programs import (
-    check_settings,
+    CACHE,
     DECODE,
+    DecodeParams,
     DecodeSettings,
     num_compilations,
     PREFILL,
-    START,
     VIEW,
 )
+from bpd_jax.reader import heads_drafter, ModelReader
 from bpd_jax.vocabulary import load_vocabulary, Vocabulary
 
 INPUT_BUCKETS = (32, 64, 128, 256, 512, 1024, 2048)
+# Draftings that every model has by name.
+METHODS = ("greedy", "blockwise")
 
 
 class NotFinite(InputError):
@@ -65,30 +69,18 @@ class Call:
     emitted: tokens that the call made certain.
     parents: of each drafted token, its index in `draft`, -1 for a child of the
       root; None where each follows the one before it.
+    accepted: indices in `draft` of the nodes that the emitted tokens go through, which all
+      but the last of these or all of them were drafted as.
+    sources: of each drafted token, which drafter it is from; None where there is one.
     is_exact: whether the search proved that these are the best paths.
   """
 
   draft: list[int]
   emitted: list[int]
   parents: list[int] | None = None
+  accepted: list[int] = dataclasses.field(default_factory=list)
+  sources: list[int] | None = None
   is_exact: bool = True
-
-  @property
-  def accepted(self) -> list[int]:
-    """Indices in `draft` of the nodes that the emitted tokens go through."""
-    parents = range(-1, len(self.draft) - 1) if self.parents is None else self.parents
-    nodes, last = [], -1
-    for token in self.emitted:
-      fits = [
-          node for node, parent in enumerate(parents)
-          if parent == last and self.draft[node] == token
-      ]
-      if not fits:
-        break
-      # Paths that aren't merged have several nodes for one prefix.
-      last = fits[0]
-      nodes.append(last)
-    return nodes
 
   @property
   def num_accepted(self) -> int:
@@ -170,13 +162,11 @@ class Generator:
   def generate(
       self,
       prompts: Sequence[str] | Sequence[Sequence[int]],
-      method: str | Drafter = "blockwise",
+      method: str | Drafter | Drafting = "blockwise",
       *,
-      block_size: int | None = None,
-      verify_width: int | None = None,
-      top_k: int = 1,
       search: SearchSettings = SearchSettings(),
       scoring: Sequence[Scoring] = (),
+      policing: Policing | None = None,
       max_length: int = 128,
       batch_size: int = 8,
       rule: AcceptanceRule = accept.ExactMatch(),
@@ -190,25 +180,20 @@ class Generator:
 
     Args:
       prompts: texts (EOS is appended), or lists of token ids taken as they are.
-      method: "greedy", "blockwise" (the model's parallel heads), "reference"
-        (drafts are copied from `references`), or a drafter of your own, which must
-        be hashable and reads the model's decode view as its parameters.
-      block_size: h, the most tokens a call emits; the model's by default, or one
-        more than the depth of a drafter of your own.
-      verify_width: tokens a call verifies along a path, at most h, which is the
-        default.
-      top_k: candidates that each head offers, k of the lattice.
+      method: "greedy", "blockwise" (the model's parallel heads, all of them), or what
+        `heads` made, or a drafter of your own, as a `Drafting` with what it learned.
       search: which paths through the lattice are verified; by default its best
         candidate at each step.
       scoring: scorers that re-score the lattice before it is searched.
+      policing: which rows draft when, and what is verified; all do by default.
       max_length: most tokens of an output.
       batch_size: rows decoded together; the last batch is filled with dead rows.
       rule: which drafted tokens pass; the default is exact.
-      references: for "reference" and a `ReferenceScorer`, tokens that are known
+      references: for a drafter or scorer that reads them, tokens that are known
         beforehand, one list a prompt.
       limits: most tokens of each output, at most `max_length`.
       buckets: input lengths to pad to; the longest prompt must fit the last.
-      seed: of drafters and rules that sample.
+      seed: of the rows' keys, for drafters that draw.
       has_progress: whether to show a progress bar over the batches.
 
     Returns:
@@ -220,16 +205,14 @@ class Generator:
         parameters, or where activations leave the range of float16.
     """
     settings = self.settings(
-        method, block_size, verify_width, max_length, rule, top_k, search, scoring
+        method, search=search, scoring=scoring, policing=policing, rule=rule
     )
-    params = self.rescorer_params(scoring, settings.depth)
+    params = self.decode_params(method, scoring, policing)
+    check_count("max_length", max_length)
     self.partitioning.check_batch(batch_size)
     rows = self.encode_prompts(prompts, buckets)
     limits = self._check_limits(limits, len(rows), max_length)
-    wants_references = method == "reference" or any(
-        isinstance(part.scorer, ReferenceScorer) for part in scoring
-    )
-    if (references is None) == wants_references:
+    if (references is None) == settings.reads_references:
       raise InputError(
           "references", None if references is None else "given",
           "one list of ids a prompt for what reads them, None for all else",
@@ -243,12 +226,11 @@ class Generator:
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     done: dict[int, tuple] = {}
     seconds, is_warm = [], []
-    key = jax.random.key(seed)
-    for number, batch in enumerate(_progress(batches, has_progress)):
+    for batch in _progress(batches, has_progress):
       before, began = self.num_compilations, time.perf_counter()
       state = self._decode_rows(
-          settings, batch, rows, limits, references, buckets, batch_size,
-          jax.random.fold_in(key, number), params,
+          settings, params, batch, rows, limits, references, buckets, batch_size, max_length,
+          seed,
       )
       seconds.append(time.perf_counter() - began)
       is_warm.append(self.num_compilations == before)
@@ -264,40 +246,94 @@ class Generator:
       ]
     return Generation(tokens, calls, traces, texts, seconds, is_warm)
 
+  def heads(self, block_size: int | None = None, top_k: int = 1) -> Drafting:
+    """The model's parallel heads as drafters.
+
+    Args:
+      block_size: h, the most tokens a call emits; all heads draft by default.
+      top_k: candidates that each head offers, k of the lattice.
+
+    Raises:
+      InputError: where the model has no such heads.
+    """
+    most = self.config.block_size
+    block_size = most if block_size is None else block_size
+    if not 1 <= block_size <= most:
+      raise InputError("block_size", block_size, f"1 … {most}, the model's heads")
+    if not 1 <= top_k <= self.config.vocab_size:
+      raise InputError("top_k", top_k, f"1 … {self.config.vocab_size}, the vocabulary")
+    return Drafting(heads_drafter(self.model, block_size, top_k))
+
+  def drafting(self, method: str | Drafter | Drafting) -> Drafting:
+    """What a name of `METHODS` stands for, or a drafter that learned nothing.
+
+    Raises:
+      InputError: where it is neither.
+    """
+    if method == "greedy":
+      return Drafting(EmptyDrafter())
+    if method == "blockwise":
+      return self.heads()
+    if isinstance(method, Drafter):
+      return Drafting(method)
+    if not isinstance(method, Drafting):
+      raise InputError("method", method, f"one of {METHODS}, a Drafter or a Drafting")
+    return method
+
+  def scoring(
+      self, weight: float | tuple[float, ...] = 1.0, *, sees_input: bool = True,
+      entropy_power: float = 0.0,
+  ) -> Scoring:
+    """This model as a scorer of the drafts of another one of its vocabulary.
+
+    Args:
+      weight: see `Scoring`.
+      sees_input: whether its encoder reads the inputs.
+      entropy_power: see `Scoring`.
+    """
+    scorer = NeuralScorer(ModelReader(self.model, sees_input))
+    return Scoring(scorer, self.view, weight, entropy_power)
+
   def settings(
-      self, method: str | Drafter, block_size: int | None = None, verify_width: int | None = None,
-      max_length: int = 128, rule: AcceptanceRule = accept.ExactMatch(), top_k: int = 1,
-      search: SearchSettings = SearchSettings(), scoring: Sequence[Scoring] = (),
+      self, method: str | Drafter | Drafting = "blockwise", *,
+      search: SearchSettings = SearchSettings(),
+      scoring: Sequence[Scoring] = (), policing: Policing | None = None,
+      rule: AcceptanceRule = accept.ExactMatch(),
   ) -> DecodeSettings:
-    """What `generate` compiles for these arguments, with its defaults filled in.
+    """What `generate` compiles for these arguments.
 
     Raises:
       InputError: naming the argument that this model can't decode with.
     """
-    if block_size is None:
-      block_size = 1 if method == "greedy" else self.config.block_size
-      if hasattr(method, "depth"):
-        block_size = method.depth + 1
-    width = block_size if verify_width is None else verify_width
-    rescorer = Rescorer(tuple(part.scorer for part in scoring))
-    settings = DecodeSettings(
-        method, block_size, width, max_length, rule, top_k, search, rescorer
+    return DecodeSettings(
+        self.drafting(method).drafter, rule, search,
+        Rescorer(tuple(part.scorer for part in scoring)),
+        None if policing is None else policing.policy,
     )
-    check_settings(self.config, settings)
-    return settings
 
-  def rescorer_params(self, scoring: Sequence[Scoring], depth: int) -> RescorerParams:
-    """`rescoring.rescorer_params` on this model's devices.
+  def decode_params(
+      self, method: str | Drafter | Drafting = "blockwise", scoring: Sequence[Scoring] = (),
+      policing: Policing | None = None,
+  ) -> DecodeParams:
+    """What `generate` reads for these arguments, on this model's devices.
 
     What a scorer reads lies where its maker put it, a small model on one device, say, and
     a program takes arguments of one set of devices.
+
+    Raises:
+      InputError: for a scorer's weight that isn't one.
     """
     everywhere = self.partitioning.sharding(())
     place = lambda leaf: (
         leaf if isinstance(leaf, jax.Array) and leaf.sharding.device_set == everywhere.device_set
         else jax.device_put(leaf, everywhere)
     )
-    return jax.tree.map(place, rescorer_params(scoring, depth))
+    drafting = self.drafting(method)
+    own = (
+        drafting.params, rescorer_params(scoring, drafting.drafter.depth),
+        () if policing is None else policing.params,
+    )
+    return DecodeParams(self.view, *jax.tree.map(place, own))
 
   def encode_prompts(
       self, prompts: Sequence[str] | Sequence[Sequence[int]],
@@ -352,8 +388,9 @@ class Generator:
     return list(limits)
 
   def _decode_rows(
-      self, settings, batch, rows, limits, references, buckets, batch_size, key, params
-  ) -> loop.DecodeState:
+      self, settings, params, batch, rows, limits, references, buckets, batch_size, max_length,
+      seed,
+  ) -> dict[str, Any]:
     """Decodes one batch and brings what is read of it to the host."""
     longest = max(len(rows[i]) for i in batch)
     input_length = input_bucket(longest, buckets)
@@ -362,25 +399,25 @@ class Generator:
     row_limits = np.zeros([batch_size], np.int32)
     known = None
     if references is not None:
-      known = np.full([batch_size, settings.max_length], self.config.pad_id, np.int32)
+      known = np.full([batch_size, max_length], self.config.pad_id, np.int32)
     for slot, i in enumerate(batch):
       tokens[slot, : len(rows[i])] = rows[i]
       lengths[slot] = len(rows[i])
       row_limits[slot] = limits[i]
       if known is not None:
-        reference = list(references[i])[: settings.max_length]
+        reference = list(references[i])[:max_length]
         known[slot, : len(reference)] = reference
     place = lambda x, *names: jax.device_put(x, self.partitioning.sharding(names))
     tokens, lengths = place(tokens, "batch", "length"), place(lengths, "batch")
+    known = None if known is None else place(known, "batch", "length")
+    prompt = Prompt(tokens, lengths, max_length, references=known)
     context = PREFILL(self.model, self.view, tokens, lengths)
-    prompt = None
-    # Where nothing reads it, a start doesn't depend on the inputs' length.
-    if known is not None or settings.rescorer.scorers or settings.own_drafter is not None:
-      known = None if known is None else place(known, "batch", "length")
-      prompt = Prompt(tokens, lengths, known)
-    state = START(self.model, settings, place(row_limits, "batch"), prompt, key, params)
-    state = DECODE(self.model, settings, self.view, context, state, params)
-    return fetch_state(state)
+    cache = CACHE(self.model, settings, batch_size, max_length)
+    numbers = np.resize(batch, batch_size).astype(np.int32)
+    return fetch_state(DECODE(
+        self.model, settings, params, context, prompt, place(row_limits, "batch"), seed,
+        place(numbers, "batch"), cache,
+    ))
 
 
 def load(
@@ -433,23 +470,23 @@ def read_row(state: dict[str, Any], slot: int) -> tuple[np.ndarray, int, list[Ca
   """Tokens, calls and trace of one row of a decoded batch."""
   tokens = state["tokens"][slot, : state["num_tokens"][slot]]
   calls = int(state["num_calls"][slot])
+  recorded = jax.tree.map(lambda leaf: leaf[slot], state["trace"])
   trace, start = [], 0
   for call in range(calls):
-    end = start + int(state["trace"].num_emitted[slot, call])
-    draft, parents = (
-        x[slot, call] for x in (state["trace"].drafts, state["trace"].parents)
-    )
+    end = start + int(recorded.num_emitted[call])
+    draft, accepted = recorded.drafts[call], recorded.accepted[call]
     # Node 0, the root, is valid; so numbers of valid nodes begin at its 0.
     is_valid = draft >= 0
     number = np.cumsum(is_valid) - 1
     is_valid[0] = False
-    trace.append(
-        Call(
-            draft[is_valid].tolist(), tokens[start:end].tolist(),
-            (number[parents[is_valid]] - 1).tolist(),
-            bool(state["trace"].is_exact[slot, call]),
-        )
-    )
+    sources = recorded.sources[call][is_valid]
+    trace.append(Call(
+        draft[is_valid].tolist(), tokens[start:end].tolist(),
+        (number[recorded.parents[call][is_valid]] - 1).tolist(),
+        (number[accepted[accepted >= 0]] - 1).tolist(),
+        sources.tolist() if sources.any() else None,
+        bool(recorded.is_exact[call]),
+    ))
     start = end
   return tokens, calls, trace
 

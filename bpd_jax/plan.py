@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 from rich.table import Table
 
+from bpd_jax.decoding.types import Prompt
 from bpd_jax.environment import LIBTPU_WITHOUT_TPU
 from bpd_jax.errors import InputError
 from bpd_jax.evaluation.cost import call_cost
@@ -32,7 +33,8 @@ from bpd_jax.launch import read_gin, run
 from bpd_jax.model.config import ModelConfig
 from bpd_jax.model.model import abstract_params, decode_view, EncoderDecoder
 from bpd_jax.partitioning import make_partitioning, Partitioning
-from bpd_jax.programs import decode_batch, DecodeSettings, prefill, start_state
+from bpd_jax.programs import decode_batch, decode_cache, DecodeParams, DecodeSettings
+from bpd_jax.reader import heads_drafter, prefill
 from bpd_jax.terminal import plain_console
 from bpd_jax.training.optimizer import Optimizer
 from bpd_jax.training.step import Step
@@ -265,12 +267,12 @@ def decode_config(config: ModelConfig, dtype: str) -> ModelConfig:
 
 
 def decode_program(
-    settings: DecodeSettings, config: ModelConfig, partitioning: Partitioning,
-    batch_size: int, input_length: int,
+    name: str, block_size: int, config: ModelConfig, partitioning: Partitioning,
+    batch_size: int, input_length: int, output_length: int,
 ) -> Program:
   """Compiles a decode loop as `generation.Generator` would run it.
 
-  The view, the encoder and the start of the loop are compiled too: where their
+  The view, the encoder and the empty cache are compiled too: where their
   outputs lie is where the loop's arguments lie.
   """
   place = functools.partial(_array, partitioning)
@@ -281,12 +283,14 @@ def decode_program(
   tokens = place((batch_size, input_length), jnp.int32, "batch", "length")
   rows = place((batch_size,), jnp.int32, "batch")
   _, context = compile_abstract(functools.partial(prefill, model), view, tokens, rows)
-  key = place((), jax.eval_shape(lambda: jax.random.key(0)).dtype)
-  start = functools.partial(start_state, model, settings)
-  _, state = compile_abstract(start, rows, None, key)
+  settings = DecodeSettings(heads_drafter(model, block_size))
+  _, cache = compile_abstract(
+      functools.partial(decode_cache, model, settings, batch_size, output_length)
+  )
   return compile_program(
-      settings.method, functools.partial(decode_batch, model, settings), view, context, state,
-      donate_argnums=2,
+      name, functools.partial(decode_batch, model, settings), DecodeParams(view), context,
+      Prompt(tokens, rows, output_length), rows, place((), jnp.int32), rows, cache,
+      donate_argnums=6,
   )
 
 
@@ -391,15 +395,12 @@ def plan(
   for where, title in (("chip", "on one chip"), ("mesh", "on the mesh, without collectives")):
     console.print(_call_table(title, where, calls, node_counts, batch_sizes))
 
-  jobs = {"greedy": lambda: decode_program(
-      DecodeSettings("greedy", 1, 1, output_length), decoded, partitioning, batch_size,
-      input_length,
-  )}
+  loop = lambda name, block_size: decode_program(
+      name, block_size, decoded, partitioning, batch_size, input_length, output_length
+  )
+  jobs = {"greedy": lambda: loop("greedy", 1)}
   if config.block_size > 1:
-    jobs["blockwise"] = lambda: decode_program(
-        DecodeSettings("blockwise", config.block_size, config.block_size, output_length),
-        decoded, partitioning, batch_size, input_length,
-    )
+    jobs["blockwise"] = lambda: loop("blockwise", config.block_size)
   else:
     console.print("no blockwise loop: the model has no parallel heads; set its block size")
   jobs["forward-backward"] = lambda: training_program(

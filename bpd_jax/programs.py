@@ -1,4 +1,4 @@
-"""What is compiled to decode a batch: the encoder, the loop's start, and the loop.
+"""What is compiled to decode a batch: the encoder, an empty cache, and the loop.
 
 Here the model meets `decoding/`, which neither imports the other's parts.
 """
@@ -10,34 +10,25 @@ from flax import struct
 import jax
 import jax.numpy as jnp
 
-from bpd_jax.decoding import accept, loop
-from bpd_jax.decoding.cache import cache_length, empty_cache
-from bpd_jax.decoding.drafters.empty import EmptyDrafter
-from bpd_jax.decoding.drafters.heads import HeadsDrafter
-from bpd_jax.decoding.drafters.reference import ReferenceDrafter
+from bpd_jax.decoding import accept
+from bpd_jax.decoding.cache import cache_length
+from bpd_jax.decoding.loop import DecodeState, Loop
 from bpd_jax.decoding.rescoring import Rescorer, RescorerParams
 from bpd_jax.decoding.search import SearchSettings
-from bpd_jax.decoding.types import AcceptanceRule, Cache, Drafter, Prompt
+from bpd_jax.decoding.types import (
+    AcceptanceRule,
+    Cache,
+    Context,
+    Drafter,
+    Params,
+    Policy,
+    Prompt,
+    Verify,
+)
 from bpd_jax.decoding.verify import model_verify
 from bpd_jax.errors import InputError
-from bpd_jax.model.config import ModelConfig
 from bpd_jax.model.model import decode_view, EncoderDecoder
-
-METHODS = ("greedy", "blockwise", "reference")
-
-
-@struct.dataclass
-class Context:
-  """What every decoder call reads of the prompts.
-
-  Attributes:
-    cross: a pair a decoder layer, keys [batch, heads, d_kv, input length] and
-      values [batch, heads, input length, d_kv].
-    mask: [batch, input length] bool, which input tokens count.
-  """
-
-  cross: tuple[tuple[jax.Array, jax.Array], ...]
-  mask: jax.Array
+from bpd_jax.reader import make_cache, prefill
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,164 +36,109 @@ class DecodeSettings:
   """What is fixed when a decode loop is compiled.
 
   Attributes:
-    method: one of `METHODS`, or a drafter, which is hashable.
-    block_size: h, tokens a call can emit at most.
-    verify_width: tokens a call verifies along a path, root included, at most h.
-    max_length: tokens the output buffers hold.
+    drafter: what drafts.
     rule: which drafted tokens pass.
-    top_k: candidates that each head offers.
-    search: which paths through them are verified.
-    rescorer: what else than the heads' scores a path is worth.
+    search: which paths through a lattice are verified.
+    rescorer: what else than the drafter's scores a path is worth.
+    policy: which rows draft; None for all.
   """
 
-  method: str | Drafter
-  block_size: int
-  verify_width: int
-  max_length: int
+  drafter: Drafter
   rule: AcceptanceRule = accept.ExactMatch()
-  top_k: int = 1
   search: SearchSettings = SearchSettings()
   rescorer: Rescorer = Rescorer()
-
-  @property
-  def own_drafter(self) -> Drafter | None:
-    """The method, where it isn't a name."""
-    return None if isinstance(self.method, str) else self.method
-
-  @property
-  def depth(self) -> int:
-    """Steps of the lattice."""
-    return self.verify_width - 1
+  policy: Policy | None = None
 
   @property
   def num_nodes(self) -> int:
     """Nodes a call verifies."""
-    return self.search.nodes(self.depth)
+    return self.search.nodes(self.drafter.depth)
+
+  @property
+  def reads_references(self) -> bool:
+    """Whether `Prompt.references` must be there."""
+    return any(part.reads_references for part in (self.drafter, *self.rescorer.scorers))
 
   def __post_init__(self):
-    own = self.own_drafter
-    if self.method not in METHODS if own is None else not hasattr(own, "propose"):
-      raise InputError("method", self.method, f"one of {METHODS}, or a drafter")
-    if self.block_size < 1:
-      raise InputError("block_size", self.block_size, "a positive integer")
-    if self.method == "greedy" and self.block_size > 1:
-      raise InputError("block_size", self.block_size, "1 for method 'greedy', which drafts nothing")
-    if not 1 <= self.verify_width <= self.block_size:
-      raise InputError(
-          "verify_width", self.verify_width, f"1 … {self.block_size}, the block size"
-      )
-    if self.max_length < 1:
-      raise InputError("max_length", self.max_length, "a positive integer")
-    if self.top_k < 1:
-      raise InputError("top_k", self.top_k, "a positive integer")
-    if self.method in METHODS and self.method != "blockwise" and self.top_k > 1:
-      raise InputError("top_k", self.top_k, f"1 for method {self.method!r}, which has one draft")
-    if own is not None and self.verify_width != own.depth + 1:
-      raise InputError(
-          "verify_width", self.verify_width,
-          f"{own.depth + 1}, one more than the drafter's depth",
-      )
-    self.search.check(self.depth, self.top_k)
+    for name, least in (("depth", 0), ("num_candidates", 1)):
+      if getattr(self.drafter, name) < least:
+        raise InputError(
+            f"drafter.{name}", getattr(self.drafter, name), f"an integer of at least {least}"
+        )
+    self.search.check(self.drafter.depth, self.drafter.num_candidates)
 
 
-def check_settings(config: ModelConfig, settings: DecodeSettings) -> None:
-  """Raises InputError where a model can't decode with these settings."""
-  if settings.method == "blockwise" and settings.block_size > config.block_size:
-    raise InputError(
-        "block_size", settings.block_size, f"1 … {config.block_size}, the model's heads"
-    )
-  if settings.top_k > config.vocab_size:
-    raise InputError("top_k", settings.top_k, f"at most {config.vocab_size}, the vocabulary")
+@struct.dataclass
+class DecodeParams:
+  """What a decode loop reads, all of it traced.
 
-
-def make_drafter(model: EncoderDecoder, settings: DecodeSettings) -> Drafter:
-  """The drafter of a method; its parameters are the model's decode view."""
-  depth = settings.depth
-  if settings.own_drafter is not None:
-    return settings.own_drafter
-  if settings.method == "greedy" or depth == 0:
-    return EmptyDrafter()
-  if settings.method == "reference":
-    return ReferenceDrafter(depth)
-
-  def read_logits(view, step, depth):
-    return model.apply({"params": view}, step.hidden, depth, method="head_logits")
-
-  return HeadsDrafter(depth, read_logits, settings.top_k)
-
-
-def prefill(model: EncoderDecoder, view: Any, tokens: jax.Array, lengths: jax.Array) -> Context:
-  """Runs the encoder.
-
-  Args:
-    model: with `is_view`.
-    view: its parameters.
-    tokens: [batch, input length] int32.
-    lengths: [batch] int32.
+  Attributes:
+    base: the base model's decode view.
+    own: the drafter's.
+    rescorer: the scorers' and their weights.
+    policy: the policy's.
   """
-  mask = jnp.arange(tokens.shape[1]) < lengths[:, None]
-  encoded = model.apply({"params": view}, tokens, mask, method="encode")
-  cross = model.apply({"params": view}, encoded, method="cross_keys_values")
-  return Context(cross=cross, mask=mask)
+
+  base: Any
+  own: Any = ()
+  rescorer: RescorerParams = RescorerParams()
+  policy: Any = ()
 
 
-def make_cache(model: EncoderDecoder, batch: int, length: int) -> Cache:
-  """An empty cache for a model, where its mesh wants it."""
-  config = model.config
-  cache = empty_cache(
-      config.num_decoder_layers, batch, config.num_heads, length, config.d_kv, config.dtype
-  )
-  place = lambda leaves, *names: tuple(
-      model.partitioning.constrain(leaf, ("batch", "heads", *names)) for leaf in leaves
-  )
-  return cache.replace(
-      keys=place(cache.keys, "kv", "length"), values=place(cache.values, "length", "kv")
+def make_loop(
+    verify: Verify, settings: DecodeSettings, params: DecodeParams, eos_id: int
+) -> Loop:
+  """The loop of some settings; what it reads may be traced."""
+  return Loop(
+      verify, settings.drafter, Params(params.base, params.own),
+      settings.search.make(settings.drafter.depth), eos_id, settings.rescorer, params.rescorer,
+      settings.policy, params.policy, settings.rule,
   )
 
 
-def start_state(
-    model: EncoderDecoder,
-    settings: DecodeSettings,
-    limits: jax.Array,
-    prompt: Prompt | None,
-    key: jax.Array,
-    params: RescorerParams = RescorerParams(),
-) -> loop.DecodeState:
-  """The loop's state before the first call; [batch] limits, 0 for dead rows.
+def decode_cache(
+    model: EncoderDecoder, settings: DecodeSettings, batch: int, max_length: int
+) -> Cache:
+  """An empty cache with room for outputs of `max_length`."""
+  return make_cache(model, batch, cache_length(max_length, settings.drafter.depth))
 
-  `prompt` may be None where neither drafter nor scorers read it.
-  """
-  config, depth = model.config, settings.depth
-  drafter = make_drafter(model, settings)
-  cache = make_cache(model, limits.shape[0], cache_length(settings.max_length, depth))
-  hidden = jnp.zeros([limits.shape[0], config.d_model], config.dtype)
-  return loop.initial_state(
-      cache,
-      loop.empty_step(hidden, depth),
-      drafter.init(None, prompt),
-      settings.rescorer.init(params, prompt),
-      limits=limits,
-      start_id=config.start_id,
-      max_length=settings.max_length,
-      num_nodes=settings.num_nodes,
-      key=key,
-  )
+
+def row_keys(seed: jax.Array | int, rows: jax.Array) -> jax.Array:
+  """A key a row, [batch], the same in whatever batch it is decoded."""
+  return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), rows)
 
 
 def decode_batch(
     model: EncoderDecoder,
     settings: DecodeSettings,
-    view: Any,
+    params: DecodeParams,
     context: Context,
-    state: loop.DecodeState,
-    params: RescorerParams = RescorerParams(),
-) -> loop.DecodeState:
-  """Decodes a batch to its end; jit it with `state` donated."""
+    prompt: Prompt,
+    limits: jax.Array,
+    seed: jax.Array | int,
+    rows: jax.Array,
+    cache: Cache,
+) -> DecodeState:
+  """Decodes a batch to its end; jit it with `cache` donated.
+
+  Args:
+    model: with `is_view`.
+    settings: what is compiled.
+    params: what it reads.
+    context: of `prefill`.
+    prompt: the inputs, without keys.
+    limits: [batch] int32, most tokens of each row, 0 for dead rows.
+    seed: of the rows' keys.
+    rows: [batch] int32, the number of each prompt among all.
+    cache: of `decode_cache`.
+  """
+  config, view = model.config, params.base
+  probes = settings.drafter.probes(Params(view, params.own))
 
   def block_call(tokens, depth, visible, past, lengths):
     return model.apply(
         {"params": view}, tokens, depth, visible, past, lengths, context.cross, context.mask,
-        method="decode_block",
+        probes, method="decode_block",
     )
 
   verify = model_verify(
@@ -210,27 +146,23 @@ def decode_batch(
       lambda hidden: model.apply({"params": view}, hidden, method="logits"),
       keeps_logits=settings.rule.reads_logits,
   )
-  return loop.decode(
-      verify,
-      make_drafter(model, settings),
-      view,
-      state,
-      search=settings.search.make(settings.depth),
-      rescorer=settings.rescorer,
-      rescorer_params=params,
-      rule=settings.rule,
-      eos_id=model.config.eos_id,
-  )
+  loop = make_loop(verify, settings, params, config.eos_id)
+  root = jnp.full_like(limits, config.start_id)
+  prompt = prompt.replace(keys=row_keys(seed, rows))
+  hidden = jnp.zeros([limits.shape[0], config.d_model], config.dtype)
+  return loop.decode(loop.start(
+      cache, root, prompt, limits, context, hidden=hidden, num_nodes=settings.num_nodes
+  ))
 
 
 # One cache of compiled programs for all models of the process: models of one
 # config and mesh share them.
 VIEW = jax.jit(decode_view, static_argnums=0)
 PREFILL = jax.jit(prefill, static_argnums=0)
-START = jax.jit(start_state, static_argnums=(0, 1))
-DECODE = jax.jit(decode_batch, static_argnums=(0, 1), donate_argnums=4)
+CACHE = jax.jit(decode_cache, static_argnums=(0, 1, 2, 3))
+DECODE = jax.jit(decode_batch, static_argnums=(0, 1), donate_argnums=8)
 
 
 def num_compilations() -> int:
-  """Programs compiled for decoding by this process: encoders, starts and loops."""
-  return sum(program._cache_size() for program in (PREFILL, START, DECODE))
+  """Programs compiled for decoding by this process: encoders, empty caches and loops."""
+  return sum(program._cache_size() for program in (PREFILL, CACHE, DECODE))

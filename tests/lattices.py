@@ -6,20 +6,20 @@ import itertools
 import jax.numpy as jnp
 import numpy as np
 
-from bpd_jax.decoding.types import Lattice
+from bpd_jax.decoding.types import Lattice, Scorer
 
 
 @dataclasses.dataclass(frozen=True)
-class HashScorer:
+class HashScorer(Scorer):
   """Integers from 0 down to -`spread`, by the root and the newest drafted tokens."""
 
   context: int
   spread: int = 5
 
-  def init(self, params, prompt):
-    return jnp.full([prompt.tokens.shape[0]], -1, jnp.int32)
+  def init(self, params, prompt, context):
+    return jnp.full_like(prompt.lengths, -1)
 
-  def start(self, params, state, step):
+  def start(self, params, state, step, lattice):
     return step.newest(state)
 
   def value(self, root, history, token):

@@ -67,9 +67,9 @@ def test_heads_by_hand(base, recording):  # noqa: F811
 def test_the_oracle_of_ranks_is_the_replayed_oracle(base, recording, k, heads):  # noqa: F811
   with jax.enable_x64(True):
     found = head_statistics(base, recording)["oracle"]
-    scoring = OracleSource().make(base, MAX_LENGTH)
+    scoring = OracleSource().make(base)
     replayed = replay(
-        base, recording, block_size=heads, top_k=k, scoring=[scoring] if k > 1 else []
+        base, recording, base.heads(heads, k), scoring=[scoring] if k > 1 else []
     )
   assert found[heads - 1][RECALLS.index(k)] == replayed.block_efficiency
   assert found[0][RECALLS.index(k)] == 1  # Head 1 alone is greedy.
@@ -82,17 +82,17 @@ def test_heads_that_rise():
   assert rising_heads([2.0, 1.0]) == 1
 
 
-OPTIONS = {"top_k": 4, "search": SearchSettings("p_best", num_paths=6)}
+SEARCH = SearchSettings("p_best", num_paths=6)
 
 
 @pytest.fixture(scope="module")
 def everywhere(base, small, arrays, recording):  # noqa: F811
   with jax.enable_x64(True):
     scoring = all_scoring(base, small, arrays)["2-gram"]
+    options = {"method": base.heads(top_k=4), "search": SEARCH, "scoring": scoring}
     return (
-        drafts_everywhere(base, recording),
-        drafts_everywhere(base, recording, scoring=scoring, **OPTIONS),
-        replay(base, recording), replay(base, recording, scoring=scoring, **OPTIONS),
+        drafts_everywhere(base, recording), drafts_everywhere(base, recording, **options),
+        replay(base, recording), replay(base, recording, **options),
     )
 
 
@@ -142,7 +142,7 @@ def test_wins_and_repairs_by_hand(everywhere, recording):  # noqa: F811
 
 
 def test_repetition_and_position_by_hand():
-  calls = [Call([], [7]), Call([7, 7, 5], [7, 9]), Call([9, 9, 9], [4, 4, 1])]
+  calls = [Call([], [7]), Call([7, 7, 5], [7, 9], accepted=[0]), Call([9, 9, 9], [4, 4, 1])]
   generation = Generation([np.array([7, 7, 9, 4, 4, 1])], [3], [calls], None, [], [])
   # Drafts with their roots: 7 7 7 5 and 9 9 9 9.
   found = describe_repetition(generation)

@@ -17,11 +17,13 @@ import pytest
 
 from bpd_jax import programs
 from bpd_jax.compilation_cache import SWITCH_VARIABLE
+from bpd_jax.decoding.types import Prompt
 from bpd_jax.generation import Generator
 from bpd_jax.model.config import ModelConfig
 from bpd_jax.model.model import abstract_params, decode_view, EncoderDecoder, init_params
 from bpd_jax.partitioning import single_device
 from bpd_jax.programs import DecodeSettings
+from bpd_jax.reader import heads_drafter, prefill
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ModelConfig(
@@ -35,16 +37,18 @@ def compiled_loop(config, width, batch):
   """The decode loop as `generate` runs it, compiled from shapes alone."""
   place = single_device()
   model = EncoderDecoder(config, place, is_view=True)
-  settings = DecodeSettings("greedy" if width == 1 else "blockwise", width, width, MAX_LENGTH)
+  settings = DecodeSettings(heads_drafter(model, width))
   view = jax.eval_shape(functools.partial(decode_view, config), abstract_params(config, place))
   tokens = jax.ShapeDtypeStruct([batch, 64], jnp.int32)
   lengths = jax.ShapeDtypeStruct([batch], jnp.int32)
-  context = jax.eval_shape(functools.partial(programs.prefill, model), view, tokens, lengths)
-  state = jax.eval_shape(
-      functools.partial(programs.start_state, model, settings), lengths, None,
-      jax.random.key(0),
+  context = jax.eval_shape(functools.partial(prefill, model), view, tokens, lengths)
+  cache = jax.eval_shape(
+      functools.partial(programs.decode_cache, model, settings, batch, MAX_LENGTH)
   )
-  return programs.DECODE.lower(model, settings, view, context, state).compile()
+  return programs.DECODE.lower(
+      model, settings, programs.DecodeParams(view), context, Prompt(tokens, lengths, MAX_LENGTH),
+      lengths, 0, lengths, cache,
+  ).compile()
 
 
 def count_ops(hlo, shape):
@@ -96,7 +100,7 @@ def test_number_of_compilations():
   for limits in ([13] * 7, [1, 13, 2, 5, 13, 9, 4]):
     for method in ("greedy", "blockwise"):
       model.generate(prompts, method, limits=limits, **options)
-  # An encoder a bucket; a start a method; a loop a method and bucket.
+  # An encoder a bucket; an empty cache a method; a loop a method and bucket.
   assert model.num_compilations == 2 + 2 + 4
   again = Generator(CONFIG, jax.tree.map(lambda leaf: leaf + 1, params))
   again.generate(prompts[:2], "blockwise", **options)
@@ -110,8 +114,11 @@ jax.config.update("jax_enable_x64", True)
 import numpy as np
 from bpd_jax.errors import InputError
 from bpd_jax import programs
+from bpd_jax.decoding.drafters.reference import ReferenceDrafter
+from bpd_jax.decoding.types import Prompt
 from bpd_jax.generation import Generator
 from bpd_jax.programs import DecodeSettings
+from bpd_jax.reader import heads_drafter
 from bpd_jax.model.config import ModelConfig
 from bpd_jax.model.model import abstract_params, decode_view, init_params
 from bpd_jax.partitioning import make_partitioning, single_device
@@ -132,27 +139,30 @@ many = Generator(wide, shards, mesh)
 options = {"max_length": 21, "batch_size": 8}
 greedy = one.generate(prompts, "greedy", **options)
 out["same"] = {}
-for method in ("greedy", "blockwise", "reference"):
-  known = {"references": greedy.tokens} if method == "reference" else {}
+for name, method in (
+    ("greedy", "greedy"), ("blockwise", "blockwise"), ("reference", ReferenceDrafter(7))):
+  known = {"references": greedy.tokens} if name == "reference" else {}
   found = many.generate(prompts, method, **known, **options)
   alone = one.generate(prompts, method, **known, **options)
-  out["same"][method] = (
+  out["same"][name] = (
       all(np.array_equal(a, b) for a, b in zip(found.tokens, greedy.tokens))
       and found.calls == alone.calls)
 out["distinct"] = len({tuple(row) for row in greedy.tokens})
 
 # The loop as it runs, from arguments that lie where `generate` puts them.
 put = lambda x, *names: jax.device_put(x, mesh.sharding(names))
-context = programs.PREFILL(
-    many.model, many.view, put(np.ones([8, 32], np.int32), "batch", "length"),
-    put(np.full([8], 32, np.int32), "batch"))
+inputs = (put(np.ones([8, 32], np.int32), "batch", "length"),
+          put(np.full([8], 32, np.int32), "batch"))
+context = programs.PREFILL(many.model, many.view, *inputs)
 limits = put(np.full([8], here.MAX_LENGTH, np.int32), "batch")
 moves = r" (all-gather|all-reduce|all-to-all|collective-\w+|reduce-scatter)(-start)?[(]"
 for method, width in (("greedy", 1), ("blockwise", 8)):
-  settings = DecodeSettings(method, width, width, here.MAX_LENGTH)
-  state = programs.START(many.model, settings, limits, None, jax.random.key(0))
-  cache = state.cache.values[0]
-  hlo = programs.DECODE.lower(many.model, settings, many.view, context, state)
+  settings = DecodeSettings(heads_drafter(many.model, width))
+  empty = programs.CACHE(many.model, settings, 8, here.MAX_LENGTH)
+  cache = empty.values[0]
+  hlo = programs.DECODE.lower(
+      many.model, settings, many.decode_params(method), context,
+      Prompt(*inputs, here.MAX_LENGTH), limits, 0, limits, empty)
   hlo = hlo.compile().as_text()
   lines = [line for line in hlo.splitlines() if re.search(moves, line)]
   # Slots are a number that no other axis has, so every form of a cache has it.

@@ -65,7 +65,7 @@ def shown_by(capsys, folder, *options):
 
 def test_call_on_a_line():
   accepted, other = BYTES.encode("a b"), BYTES.encode("x\n")
-  call = Call(draft=[*accepted, *other], emitted=[*accepted, 1])
+  call = Call([*accepted, *other], [*accepted, 1], accepted=[*range(len(accepted))])
   text = describe_call(7, call, BYTES)
   assert text.plain == "    7  3/5  +a +▁ +b =</s> -x -\\n"
   styles = {text.plain[span.start : span.end]: span.style for span in text.spans}
@@ -74,7 +74,8 @@ def test_call_on_a_line():
   }
   assert describe_call(1, Call([], accepted[:1]), BYTES).plain == "    1  0/0  =a"
   # An accepted EOS ends the row: the call has no token of the base model's own.
-  assert describe_call(2, Call([1, 9], [1]), BYTES).plain == "    2  1/2  +</s> -\\x06"
+  last = Call([1, 9], [1], accepted=[0])
+  assert describe_call(2, last, BYTES).plain == "    2  1/2  +</s> -\\x06"
 
 
 def test_prompts_and_outputs_and_counts(folder, expected, capsys):
@@ -120,7 +121,7 @@ def test_drafts_read_back_are_the_traces(folder, expected, capsys, option):
 
 def test_colours_on_a_terminal():
   console = Console(file=io.StringIO(), force_terminal=True, color_system="standard")
-  console.print(describe_call(1, Call(LETTERS, LETTERS[:2]), BYTES))
+  console.print(describe_call(1, Call(LETTERS, LETTERS[:2], accepted=[0, 1]), BYTES))
   out = console.file.getvalue()
   assert "\x1b[32m+a\x1b[0m" in out and "\x1b[31m-\\n\x1b[0m" in out
 
@@ -208,10 +209,9 @@ def test_a_prompt_of_a_file_is_named_by_its_line(folder, tmp_path):
     (["fine", "x" * 2048], "prompts[1] length = 2049: allowed is 1 … 2048"),
     (["fine", "caf\ud83d"], "argument 4 = 'caf\\ud83d': allowed is text in UTF-8"),
     (["x", "--block-size", "5"], "block_size = 5: allowed is 1 … 4, the model's heads"),
-    (["x", "--verify-width", "5"], "verify_width = 5: allowed is 1 … 4"),
+    (["x", "--block-size", "2", "--method", "greedy"], "block-size = 2: allowed is no option of"),
     (["x", "--max-length", "0"], "max_length = 0: allowed is a positive integer"),
     (["x", "--batch-size", "0"], "batch_size = 0: allowed is a positive multiple of 1"),
-    (["x", "--method", "greedy", "--block-size", "2"], "block_size = 2: allowed is 1 for method"),
     (["x", "--dtype", "float12"], "ModelConfig.dtype = 'float12': allowed is bfloat16"),
     (["x", "--checkpoint", "absent"], "model folder = 'absent': allowed is a folder that exists"),
 ])

@@ -12,6 +12,7 @@ import test_loop
 from bpd_jax import plan, programs
 from bpd_jax.checkpoints import load_config, load_model, save_model
 from bpd_jax.decoding.search import SearchSettings
+from bpd_jax.decoding.types import Prompt
 from bpd_jax.errors import InputError
 from bpd_jax.evaluation.replay import load_recording, record, replay
 from bpd_jax.generation import Generator, load
@@ -19,6 +20,7 @@ from bpd_jax.model.config import DTYPES, ModelConfig
 from bpd_jax.model.layers import attend, mask_bias
 from bpd_jax.model.model import EncoderDecoder, init_params
 from bpd_jax.partitioning import single_device
+from bpd_jax.reader import heads_drafter, prefill
 
 ROOT = Path(__file__).resolve().parent.parent
 PLACE = single_device()
@@ -67,20 +69,22 @@ def equations(jaxpr):
           yield from equations(inner)
 
 
-def decode_jaxpr(config, **options):
+def decode_jaxpr(config, search):
   """The encoder and the decode loop, from shapes alone."""
   model = EncoderDecoder(config, PLACE, is_view=True)
-  settings = programs.DecodeSettings("blockwise", 3, 3, 9, **options)
+  settings = programs.DecodeSettings(heads_drafter(model, 3, 2), search=search)
 
-  def whole(params, tokens, lengths, key):
+  def whole(params, tokens, lengths):
     view = programs.decode_view(config, params)
-    context = programs.prefill(model, view, tokens, lengths)
-    state = programs.start_state(model, settings, lengths, None, key)
-    return programs.decode_batch(model, settings, view, context, state)
+    context = prefill(model, view, tokens, lengths)
+    return programs.decode_batch(
+        model, settings, programs.DecodeParams(view), context, Prompt(tokens, lengths, 9),
+        lengths, 0, lengths, programs.decode_cache(model, settings, 2, 9),
+    )
 
   params = jax.eval_shape(lambda: init_params(config, PLACE, jax.random.key(0)))
   ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
-  return jax.make_jaxpr(whole)(params, ints(2, 5), ints(2), jax.eval_shape(jax.random.key, 0))
+  return jax.make_jaxpr(whole)(params, ints(2, 5), ints(2))
 
 
 # Of these each is in a norm, a softmax, a log-probability, a score or a search. A gelu has a
@@ -100,7 +104,7 @@ NARROW_IS_WRONG = {
 def test_no_statistic_softmax_score_or_logit_is_narrow(dtype, search, config):
   with jax.enable_x64(dtype == "float64"):
     config = config.with_dtype(dtype)
-    found = list(equations(decode_jaxpr(config, top_k=2, search=search).jaxpr))
+    found = list(equations(decode_jaxpr(config, search).jaxpr))
   seen = set()
   for equation in found:
     operands = [x.aval for x in equation.invars if hasattr(x.aval, "shape")]
@@ -179,9 +183,9 @@ def test_a_drafters_scores_are_wide_before_anything_adds_them(dtype):
 
   class Narrow(test_loop.NoisyDrafter):
 
-    def propose(self, params, state, step, key):
-      lattice, state = super().propose(params, state, step, key)
-      return lattice.replace(scores=lattice.scores.astype(dtype)), state
+    def propose(self, params, state, noise, past):
+      lattice = super().propose(params, state, noise, past)
+      return lattice.replace(scores=lattice.scores.astype(dtype))
 
   rng = np.random.default_rng(0)
   seed, eos_position, limits, greedy = test_loop.make_rows(rng, 32)
@@ -193,7 +197,7 @@ def test_a_drafters_scores_are_wide_before_anything_adds_them(dtype):
     return chain(lattice, root, score)
 
   state = test_loop.run(
-      Narrow(3), table, seed, eos_position, limits, search, 4, 3, test_loop.accept.ExactMatch()
+      Narrow(3), table, seed, eos_position, limits, search, 4, test_loop.accept.ExactMatch()
   )
   assert set(seen) == {(jnp.dtype("float32"),) * 2}
   test_loop.check_rows(state, table, greedy, eos_position, limits, 4)
@@ -212,14 +216,16 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_plan_compiles_what_load_runs(folder, dtype):
   model = load(folder, dtype=dtype)
-  settings = model.settings("blockwise", max_length=9)
+  settings = model.settings("blockwise")
   tokens, lengths = np.full([2, 32], 5, np.int32), np.full([2], 7, np.int32)
   context = programs.PREFILL(model.model, model.view, tokens, lengths)
-  state = programs.START(model.model, settings, lengths, None, jax.random.key(0))
-  runs = programs.DECODE.lower(model.model, settings, model.view, context, state)
-  planned = plan.decode_program(
-      settings, plan.decode_config(load_config(folder), dtype), PLACE, 2, 32
+  cache = programs.CACHE(model.model, settings, 2, 9)
+  runs = programs.DECODE.lower(
+      model.model, settings, model.decode_params(), context, Prompt(tokens, lengths, 9),
+      lengths, 0, lengths, cache,
   )
+  config = plan.decode_config(load_config(folder), dtype)
+  planned = plan.decode_program("blockwise", config.block_size, config, PLACE, 2, 32, 9)
   # All but names: shapes, dtypes and instructions.
   numbers = lambda compiled: compiled.cost_analysis() | {
       "arguments": compiled.memory_analysis().argument_size_in_bytes,

@@ -22,6 +22,7 @@ from bpd_jax.data.jsonl import JsonlTask
 from bpd_jax.data.rows import rows_fingerprint, RowsTask, TASKS
 from bpd_jax.errors import InputError
 from bpd_jax.evaluate import evaluate, main
+from bpd_jax.evaluation.drafting import Draft, Reference
 from bpd_jax.evaluation.quality import edit_similarity, exact_match, rouge_l
 from bpd_jax.evaluation.run import describe_generation, measure_methods, Method, method_identity
 from bpd_jax.evaluation.scoring import NeuralSource, NgramSource
@@ -68,7 +69,7 @@ def evaluated(model_folder, rows_file, tmp_path_factory):
   output = tmp_path_factory.mktemp("out") / "results"
   results = evaluate(
       str(model_folder), [JsonlTask("rows", str(rows_file))],
-      [Method("blockwise"), Method("narrow", verify_width=2), Method("perfect", "reference")],
+      [Method("blockwise"), Method("narrow", Draft(2)), Method("perfect", Reference())],
       str(output), max_decode_length=20, batch_size=3, repeats=2,
   )
   return results, output
@@ -112,8 +113,9 @@ def test_counts_of_a_hand_made_generation():
   generation = Generation(
       tokens=[looping, free], calls=[3, 2],
       traces=[
-          [Call([], [5]), Call([6, 7, 5], [6, 7, 5, 6, 7, 5, 6]), Call([1, 2], [7])],
-          [Call([], [3]), Call([4, 9], [4, 5, 6])],
+          [Call([], [5]), Call([6, 7, 5], [6, 7, 5, 6, 7, 5, 6], accepted=[0, 1, 2]),
+           Call([1, 2], [7])],
+          [Call([], [3]), Call([4, 9], [4, 5, 6], accepted=[0])],
       ],
       texts=None, seconds=[1.0], is_warm=[True],
   )
@@ -161,10 +163,11 @@ def test_jsonl_rows_and_their_errors(tmp_path):
 @pytest.mark.parametrize(
     "methods, message",
     [
-        ([Method("blockwise", block_size=5)], "block_size = 5: allowed is 1 … 4"),
-        ([Method("wide", verify_width=5)], "verify_width = 5: allowed is 1 … 4"),
-        ([Method("a"), Method("a", verify_width=2)], "methods = .*names that differ"),
-        ([Method("greedy", verify_width=2)], "methods = .*names that differ"),
+        ([Method("blockwise", Draft(5))], "block_size = 5: allowed is 1 … 4"),
+        ([Method("blockwise", Draft(0))], "block_size = 0: allowed is 1 … 4"),
+        ([Method("perfect", Reference(0))], "Reference.block_size = 0: allowed is a positive"),
+        ([Method("a"), Method("a", Draft(2))], "methods = .*names that differ"),
+        ([Method("greedy", Draft(2))], "methods = .*names that differ"),
         ([Method("a", "sampling")], "method = 'sampling': allowed is one of"),
     ],
 )
@@ -185,7 +188,7 @@ TASK_KEYS = {
     "unfinished_rows", "methods",
 }
 METHOD_KEYS = {
-    "block_size", "verify_width", "nodes", "tokens", "decoder_calls", "block_efficiency",
+    "block_size", "draft", "nodes", "tokens", "decoder_calls", "block_efficiency",
     "block_efficiency_interval", "block_efficiency_loop_free", "identical_to_greedy",
     "near_tie_rows", "seconds", "seconds_range", "tokens_per_second", "speedup_over_greedy",
     "speedup_range", "accepted_length_histogram", "proved_searches",
@@ -395,8 +398,8 @@ def test_an_evaluation_that_was_cut_off_goes_on_with_the_same_contents_alone(
   def run_it(folder, **options):
     tasks = [JsonlTask(name, str(folder / "rows.jsonl")) for name in ("first", "second")]
     methods = [
-        Method("ngrams", top_k=2, scorers=(NgramSource(str(folder / "two.arpa")),)),
-        Method("neural", top_k=2, scorers=(NeuralSource(str(folder / "small")),)),
+        Method("ngrams", Draft(top_k=2), scorers=(NgramSource(str(folder / "two.arpa")),)),
+        Method("neural", Draft(top_k=2), scorers=(NeuralSource(str(folder / "small")),)),
         Method("mine", mine.Mine()),
     ]
     evaluate(f"{folder / 'model'}/", tasks, methods, str(tmp_path / "out"),
@@ -429,7 +432,7 @@ def test_an_evaluation_that_was_cut_off_goes_on_with_the_same_contents_alone(
   with pytest.raises(InputError, match=r"^tasks\.first\.rows = .*, as when .*/out was begun"):
     run_it(there)
   (here / "mine.py").write_text(DRAFTER + "# another\n")
-  with pytest.raises(InputError, match=r"^methods\.mine\.module = '\w{16}': allowed is '\w{16}'"):
+  with pytest.raises(InputError, match=r"^methods\.mine\.draft\.module = '\w{16}': allowed is"):
     run_it(there)
 
 
@@ -592,12 +595,14 @@ def test_run_file_says_what_it_runs(model_folder, rows_file, tmp_path):
   read_gin_files(["gin/runs/evaluate_jsonl.gin"], [
       f"CHECKPOINT = '{model_folder}'", f"ROWS = '{rows_file}'",
       f"OUTPUT = '{tmp_path / 'out'}'", "MAX_DECODE_LENGTH = 20", "REPEATS = 1",
-      "BATCH_SIZE = 3", "VERIFY_WIDTH = 2",
+      "BATCH_SIZE = 3", "BLOCK_SIZE = 2",
   ])
   results = gin.get_configurable("evaluate")()
   methods = results["tasks"]["rows"]["methods"]
-  assert {name: (x["block_size"], x["verify_width"]) for name, x in methods.items()} == {
-      "greedy": (1, 1), "blockwise": (4, 2), "perfect": (4, 2)
+  assert {name: (x["block_size"], x["draft"]) for name, x in methods.items()} == {
+      "greedy": (1, {"drafter": "greedy"}),
+      "blockwise": (2, {"drafter": "Draft", "block_size": 2, "top_k": 1}),
+      "perfect": (2, {"drafter": "Reference", "block_size": 2}),
   }
 
 

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from bpd_jax.decoding.drafters.reference import ReferenceDrafter
 from bpd_jax.evaluation.exactness import check_differences, Difference, find_differences
 from bpd_jax.generation import Generator
 from bpd_jax.interchange.huggingface import import_model
@@ -14,9 +15,9 @@ from bpd_jax.partitioning import single_device
 MAX_LENGTH = 18
 # Models of a kind, each with its own batch of prompts: some in every run, in a slow one 200.
 FEW, MANY = 15, 100
-# (block size, verify width) of the heads and of references; each is one compiled loop.
-HEADS = ((2, 2), (3, 3), (6, 4), (8, 8), (10, 10))
-REFERENCES = ((5, 4), (9, 9))
+# Block sizes of the heads and of references; each is one compiled loop.
+HEADS = (2, 3, 4, 8, 10)
+REFERENCES = (4, 9)
 # Four rows a batch, and one that only pads.
 OPTIONS = {"max_length": MAX_LENGTH, "batch_size": 5, "buckets": (32,)}
 VIEW = jax.jit(decode_view, static_argnums=0)
@@ -80,7 +81,7 @@ def test_float64_blockwise_is_greedy_is_transformers(
 ):
   rng = np.random.default_rng(len(kind))
   ended, lengths = 0, []
-  accepted = {shape: set() for shape in (*heads, *references)}
+  accepted = {kind: {} for kind in ("heads", "reference")}
   for number in range(num_models):
     model, config, params = random_model(hf_models, kind, number, tmp_path / str(number))
     prompts = [
@@ -93,32 +94,32 @@ def test_float64_blockwise_is_greedy_is_transformers(
     with jax.enable_x64(True):
       generator = make_generator(config, params)
 
-      def decode(method, shape, known=None):
-        found = generator.generate(
-            prompts, method, block_size=shape[0], verify_width=shape[1],
-            references=known, limits=limits, **OPTIONS,
-        )
-        assert [row.tolist() for row in found.tokens] == cut, (kind, number, method, shape)
+      def decode(block_size, known=None):
+        method = generator.heads(block_size) if known is None else ReferenceDrafter(block_size - 1)
+        found = generator.generate(prompts, method, references=known, limits=limits, **OPTIONS)
+        assert [row.tolist() for row in found.tokens] == cut, (kind, number, method)
         return found
+
+      def note(drafter, block_size, found):
+        seen = {call.num_accepted for row in found.traces for call in row}
+        accepted[drafter].setdefault(block_size, set()).update(seen)
 
       greedy = generator.generate(prompts, "greedy", **OPTIONS)
       assert [row.tolist() for row in greedy.tokens] == expected, (kind, number)
       assert greedy.calls == [len(row) for row in expected]
-      shape = heads[number % len(heads)]
-      found = decode("blockwise", shape)
-      accepted[shape] |= {call.num_accepted for row in found.traces for call in row}
+      block_size = heads[number % len(heads)]
+      note("heads", block_size, decode(block_size))
 
-      shape = references[number % len(references)]
-      perfect = decode("reference", shape, expected)
-      assert perfect.calls == [1 + -(-(len(row) - 1) // shape[1]) for row in cut]
-      useless = decode("reference", shape, [[(t + 1) % 97 for t in row] for row in expected])
+      block_size = references[number % len(references)]
+      perfect = decode(block_size, expected)
+      assert perfect.calls == [1 + -(-(len(row) - 1) // block_size) for row in cut]
+      useless = decode(block_size, [[(t + 1) % 97 for t in row] for row in expected])
       assert useless.calls == [len(row) for row in cut]
       noisy = [
           np.where(rng.random(len(row)) < 0.25, rng.integers(0, 97, len(row)), row)
           for row in expected
       ]
-      found = decode("reference", shape, noisy)
-      accepted[shape] |= {call.num_accepted for row in found.traces for call in row}
+      note("reference", block_size, decode(block_size, noisy))
     ended += sum(row[-1] == 1 for row in expected)
     lengths += map(len, expected)
   # EOS comes in about half of the rows, at every place, and drafts of every length pass: or
@@ -126,15 +127,15 @@ def test_float64_blockwise_is_greedy_is_transformers(
   assert 0.35 < ended / len(lengths) < 0.65, ended / len(lengths)
   places = set(range(1, MAX_LENGTH + 1))
   assert set(lengths) == places or num_models == FEW and len(set(lengths)) > 7, set(lengths)
-  for shape in references:
-    assert accepted[shape] == set(range(shape[1])), (shape, accepted[shape])
-  for shape in heads:
-    least = shape[1] / 2 if num_models == MANY else 1
-    assert len(accepted[shape]) > least, (shape, accepted[shape])
+  for block_size in references:
+    assert accepted["reference"][block_size] == set(range(block_size)), (block_size, accepted)
+  for block_size in heads:
+    least = block_size / 2 if num_models == MANY else 1
+    assert len(accepted["heads"][block_size]) > least, (block_size, accepted)
 
 
-@pytest.mark.parametrize("shape", HEADS)
-def test_heads_always_wrong_need_a_call_a_token(hf_models, shape, tmp_path):
+@pytest.mark.parametrize("block_size", HEADS)
+def test_heads_always_wrong_need_a_call_a_token(hf_models, block_size, tmp_path):
   """Heads that say 96, which the base model can't: its logit reads a feature that is 0."""
   _, config, params = random_model(hf_models, "t5_1_1", 0, tmp_path / "model")
   params["decoder"]["norm"]["scale"][-1] = 0
@@ -149,30 +150,27 @@ def test_heads_always_wrong_need_a_call_a_token(hf_models, shape, tmp_path):
   with jax.enable_x64(True):
     generator = make_generator(config, params)
     greedy = generator.generate(prompts, "greedy", **OPTIONS)
-    found = generator.generate(
-        prompts, "blockwise", block_size=shape[0], verify_width=shape[1], **OPTIONS
-    )
+    found = generator.generate(prompts, generator.heads(block_size), **OPTIONS)
   for row, calls, expected in zip(found.tokens, found.calls, greedy.tokens):
     np.testing.assert_array_equal(row, expected)
     assert calls == len(row)
   for first, *later in found.traces:
     assert later and first.draft == [] and all(
-        call.draft == [96] * (shape[1] - 1) for call in later
+        call.draft == [96] * (block_size - 1) for call in later
     )
 
 
-@pytest.mark.parametrize("shape", HEADS)
-def test_heads_always_right_need_one_call_and_a_ceiling(hf_models, shape, tmp_path):
+@pytest.mark.parametrize("block_size", HEADS)
+def test_heads_always_right_need_one_call_and_a_ceiling(hf_models, block_size, tmp_path):
   """Where all tokens score alike greedy says 0 for ever, and so does every head."""
   _, config, params = random_model(hf_models, "t5_1_1", 0, tmp_path / "model")
   params["logits_kernel"][:] = 0
   prompts, limits = [[5, 6, 7], list(range(2, 30)), [9] * 12, [8]], [MAX_LENGTH, 1, 7, 11]
   with jax.enable_x64(True):
-    found = make_generator(config, params).generate(
-        prompts, "blockwise", block_size=shape[0], verify_width=shape[1], limits=limits, **OPTIONS
-    )
+    generator = make_generator(config, params)
+    found = generator.generate(prompts, generator.heads(block_size), limits=limits, **OPTIONS)
   assert [row.tolist() for row in found.tokens] == [[0] * limit for limit in limits]
-  assert found.calls == [1 + -(-(limit - 1) // shape[1]) for limit in limits]
+  assert found.calls == [1 + -(-(limit - 1) // block_size) for limit in limits]
 
 
 FLOAT32 = ModelConfig(

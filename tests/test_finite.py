@@ -14,19 +14,17 @@ from bpd_jax import decode
 from bpd_jax.checkpoints import save_model
 from bpd_jax.data.jsonl import JsonlTask
 from bpd_jax.decoding import accept, loop
-from bpd_jax.decoding.cache import cache_length
 from bpd_jax.decoding.lattice import BLOCK, first_max, top_k_lattice
 from bpd_jax.decoding.rescoring import Scoring
 from bpd_jax.decoding.scorers.no_repeat import NoRepeatScorer
 from bpd_jax.decoding.search import SearchSettings
-from bpd_jax.decoding.types import Prompt
+from bpd_jax.decoding.types import Params, Prompt
 from bpd_jax.evaluate import evaluate
 from bpd_jax.evaluation.replay import record, replay
 from bpd_jax.generation import Generator, NotFinite
 from bpd_jax.model.config import ModelConfig
 from bpd_jax.model.model import init_params
 from bpd_jax.partitioning import single_device
-from bpd_jax.small_model import neural_scoring
 
 NAN, INF = float("nan"), float("inf")
 # What 0 × inf gives on x86; a sort puts it below all numbers.
@@ -108,16 +106,12 @@ def forgetful(seed, eos_position, bad_position):
 @functools.partial(jax.jit, static_argnames=("drafter", "rule"))
 def decode_forgetful(drafter, rule, table, seed, eos_position, limits, bad_position):
   depth = drafter.depth
-  state = loop.initial_state(
-      MODEL.empty_cache(len(seed), cache_length(MAX_LENGTH, depth)),
-      loop.empty_step(jnp.zeros([len(seed), 1]), depth),
-      drafter.init((), Prompt(table, limits, table)), limits=limits,
-      start_id=test_loop.START, max_length=MAX_LENGTH, num_nodes=depth + 1,
-      key=jax.random.key(0),
+  parts = loop.Loop(
+      forgetful(seed, eos_position, bad_position), drafter, Params((), table),
+      SearchSettings().make(depth), MODEL.eos_id, rule=rule,
   )
-  return loop.decode(
-      forgetful(seed, eos_position, bad_position), drafter, (), state,
-      search=SearchSettings().make(depth), rule=rule, eos_id=MODEL.eos_id,
+  return test_loop.decode(
+      parts, Prompt(table, limits, MAX_LENGTH), seed, limits, depth + 1
   )
 
 
@@ -134,7 +128,7 @@ def test_a_row_fails_where_greedy_would_and_nowhere_else(rule, hit_rate):
   bad_position = rng.integers(0, MAX_LENGTH + 4, 256).astype(np.int32)
   state = jax.device_get(decode_forgetful(
       NoisyDrafter(4), rule, table, seed, eos_position, limits, bad_position
-  ).replace(key=None))
+  ))
   failed = state.failure == 1
   assert not (state.failure > 1).any() and state.is_done.all()
   # Nothing stands behind the place, whatever a rule lets pass.
@@ -157,9 +151,9 @@ def test_rows_of_other_failures_are_named_apart():
 
   class Broken(NoisyDrafter):
 
-    def propose(self, params, state, step, key):
-      lattice, after = super().propose(params, state, step, key)
-      return lattice.replace(is_finite=after[1] < 2), after
+    def propose(self, params, state, noise, past):
+      lattice = super().propose(params, state, noise, past)
+      return lattice.replace(is_finite=state[1] < 2)
 
   rng = np.random.default_rng(0)
   seed, _, _, greedy = make_rows(rng, 3)
@@ -231,11 +225,14 @@ def test_a_head_that_is_none_is_said_where_it_drafts(params, options, value):
   whole = Generator(CONFIG, params)
   model = Generator(CONFIG, changed(params, "heads/w2", (2, 0, 0), value))
   with pytest.raises(NotFinite, match=r"^prompts\[0\], call 2: a head's largest logit"):
-    model.generate(PROMPTS, **options, **OPTIONS)
-  if not options:
+    heads = model.heads(top_k=options.pop("top_k", 1))
+    model.generate(PROMPTS, heads, **options, **OPTIONS)
+  if heads.drafter.num_candidates == 1:
     # Neither greedy nor two heads read head 4.
-    for more in ({"method": "greedy"}, {"block_size": 3}):
-      found, expected = (x.generate(PROMPTS, **more, **OPTIONS) for x in (model, whole))
+    for block_size in (1, 3):
+      found, expected = (
+          x.generate(PROMPTS, x.heads(block_size), **OPTIONS) for x in (model, whole)
+      )
       assert [x.tolist() for x in found.tokens] == [x.tolist() for x in expected.tokens]
       assert found.calls == expected.calls
 
@@ -264,7 +261,7 @@ class Constant(NoRepeatScorer):
 def test_a_scorer_that_says_nan_is_told_and_one_that_rules_out_isnt(params, search, context):
   model = Generator(CONFIG, params)
   # So many that a CPU compares them in vectors.
-  options = {"top_k": 40, "search": SEARCHES[search], **OPTIONS}
+  options = {"method": model.heads(top_k=40), "search": SEARCHES[search], **OPTIONS}
   with pytest.raises(NotFinite, match=r"^prompts\[0\], call 2: what a path is worth"):
     model.generate(PROMPTS, scoring=[Scoring(Constant(NAN, context))], **options)
   greedy = model.generate(PROMPTS, "greedy", **OPTIONS)
@@ -277,11 +274,13 @@ def test_a_small_model_that_is_none(params):
   small = CONFIG.replace(d_model=8, num_decoder_layers=1, block_size=1)
   bad = jax.device_get(init_params(small, single_device(), jax.random.key(5)))
   bad = changed(bad, "decoder/layers/mlp/wo", (0, 1, 1), NEGATIVE_NAN)
-  scoring = [neural_scoring(Generator(small, bad), max_length=12)]
+  scoring = [Generator(small, bad).scoring()]
   model = Generator(CONFIG, params)
   for search in ("chain", "best_first"):
     with pytest.raises(NotFinite, match="what a path is worth"):
-      model.generate(PROMPTS, top_k=3, search=SEARCHES[search], scoring=scoring, **OPTIONS)
+      model.generate(
+          PROMPTS, model.heads(top_k=3), search=SEARCHES[search], scoring=scoring, **OPTIONS
+      )
 
 
 def test_replay_says_so_too(params):

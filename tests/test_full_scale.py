@@ -89,8 +89,9 @@ def test_every_method_can_be_compiled_for_the_model():
   model = Generator(config, params=None)
   found = {}
   for method in methods:
-    settings = model.settings(max_length=512, **method.options)
-    found[method.name] = (settings.block_size, settings.top_k, settings.num_nodes)
+    settings = model.settings(**method.options(model))
+    drafter = settings.drafter
+    found[method.name] = (drafter.depth + 1, drafter.num_candidates, settings.num_nodes)
   assert found["best16_4gram"][:2] == found["local_neural"][:2] == (9, 16)
   assert found["blockwise"] == (9, 1, 9)
   assert {"ngram2", "neural_ngram", "no_repeat", "oracle_k2", "oracle_k16"} <= set(found)

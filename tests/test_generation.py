@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from bpd_jax.decoding.drafters.reference import ReferenceDrafter
 from bpd_jax.errors import InputError
 from bpd_jax.generation import Generator
 from bpd_jax.model.config import ModelConfig
@@ -15,6 +16,7 @@ CONFIG = ModelConfig(
     num_decoder_layers=2, block_size=4, head_d_ff=24,
 ).with_dtype("float64")
 PROMPTS = [[5, 6, 7, 1], [9], list(range(2, 40)), [30, 31, 1], [8, 8]]
+COPIES = ReferenceDrafter(3)
 
 
 @pytest.fixture(scope="module")
@@ -37,19 +39,16 @@ def model():
         (["text"], {}, "prompts[0] = 'text': allowed is token ids, as the model has no"),
         ([[5] * 33], {"buckets": (16, 32)}, "prompts[0] length = 33: allowed is 1 … 32"),
         ([[5]], {"method": "beam"}, "method = 'beam': allowed is one of ('greedy'"),
-        ([[5]], {"block_size": 5}, "block_size = 5: allowed is 1 … 4, the model's heads"),
-        ([[5]], {"block_size": 0}, "block_size = 0: allowed is a positive integer"),
-        ([[5]], {"method": "greedy", "block_size": 2}, "block_size = 2: allowed is 1 for method"),
-        ([[5]], {"verify_width": 5}, "verify_width = 5: allowed is 1 … 4"),
-        ([[5]], {"verify_width": 0}, "verify_width = 0"),
+        ([[5]], {"method": 7}, "method = 7: allowed is one of ('greedy', 'blockwise'), a Drafter"),
+        ([[5]], {"method": ReferenceDrafter(-1)}, "drafter.depth = -1: allowed is an integer of"),
         ([[5]], {"max_length": 0}, "max_length = 0: allowed is a positive integer"),
         ([[5]], {"batch_size": 0}, "batch_size = 0"),
         ([[5]], {"limits": [1, 2]}, "limits = '2 numbers': allowed is 1, one a prompt"),
         ([[5]], {"limits": [9], "max_length": 8}, "limits[0] = 9: allowed is 1 … 8"),
         ([[5]], {"limits": [0]}, "limits[0] = 0"),
         ([[5]], {"references": [[5]]}, "references = 'given'"),
-        ([[5]], {"method": "reference"}, "references = None: allowed is one list of ids"),
-        ([[5]], {"method": "reference", "references": [[5], [6]]}, "references = '2 lists'"),
+        ([[5]], {"method": COPIES}, "references = None: allowed is one list of ids"),
+        ([[5]], {"method": COPIES, "references": [[5], [6]]}, "references = '2 lists'"),
     ],
 )
 def test_bad_input_is_named_before_anything_compiles(prompts, options, message):
@@ -118,8 +117,8 @@ def test_eos_ends_a_row_and_is_kept(model):
       row = row.tolist()
       expected.append(row[: row.index(eos) + 1] if eos in row else row)
     assert len(expected[0]) <= 3
-    for method in ("greedy", "blockwise", "reference"):
-      known = {"references": free.tokens} if method == "reference" else {}
+    for method in ("greedy", "blockwise", COPIES):
+      known = {} if isinstance(method, str) else {"references": free.tokens}
       found = ending.generate(PROMPTS, method, max_length=11, batch_size=8, **known)
       assert [row.tolist() for row in found.tokens] == expected
       assert [[t for call in trace for t in call.emitted] for trace in found.traces] == expected

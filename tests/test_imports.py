@@ -31,7 +31,7 @@ FLOORS = {
     "bpd_jax.interchange": 2,
     "bpd_jax.programs": 2.5,
     "bpd_jax.generation": 2.5,
-    "bpd_jax.small_model": 2.5,
+    "bpd_jax.reader": 2.5,
     "bpd_jax.distillation": 3,
     "bpd_jax.evaluation": 3,
     "bpd_jax.launch": 4,

@@ -10,11 +10,12 @@ import pytest
 from simulator import count_calls
 from table_model import TableModel
 
-from bpd_jax.decoding import accept, loop, search
+from bpd_jax.decoding import accept, search
 from bpd_jax.decoding.cache import cache_length
 from bpd_jax.decoding.drafters.empty import EmptyDrafter
 from bpd_jax.decoding.drafters.reference import ReferenceDrafter
-from bpd_jax.decoding.types import Lattice, Prompt, Tree
+from bpd_jax.decoding.loop import Loop
+from bpd_jax.decoding.types import Drafter, Lattice, Params, Prompt, Tree
 
 MODEL = TableModel(vocab_size=7)
 START = 0
@@ -23,46 +24,48 @@ ROWS = 512
 
 
 @dataclasses.dataclass(frozen=True)
-class NoisyDrafter:
-  """Drafts from `[rows, n, depth, k]`: what is proposed when n tokens are certain."""
+class NoisyDrafter(Drafter):
+  """Drafts from `[rows, n, depth, k]`, which it learned: for n certain tokens."""
 
   depth: int
 
-  def init(self, params, prompt):
-    return prompt.tokens, jnp.zeros([prompt.tokens.shape[0]], jnp.int32)
+  def init(self, params, prompt, context):
+    return params.own, jnp.zeros_like(prompt.lengths)
 
-  def propose(self, params, state, step, key):
+  def start(self, params, state, step, proposed):
     table, num_tokens = state
-    num_tokens = num_tokens + step.num_tokens
+    return table, num_tokens + step.num_tokens
+
+  def propose(self, params, state, noise, past):
+    table, num_tokens = state
     at = jnp.minimum(num_tokens, table.shape[1] - 1)
     tokens = jnp.take_along_axis(table, at[:, None, None, None], axis=1)[:, 0]
-    num_steps = jnp.where(step.num_tokens > 0, self.depth, 0)
-    lattice = Lattice(tokens, jnp.zeros(tokens.shape), num_steps)
-    return lattice, (table, num_tokens)
+    return Lattice(tokens, jnp.zeros(tokens.shape), jnp.where(num_tokens > 0, self.depth, 0))
 
 
-def run(drafter, inputs, seed, eos_position, limits, find_tree, num_nodes, max_depth, rule):
-  hidden = jnp.zeros([len(seed), 1])
-  state = loop.initial_state(
-      MODEL.empty_cache(len(seed), cache_length(MAX_LENGTH, max_depth)),
-      loop.empty_step(hidden, max_depth),
-      drafter.init((), Prompt(inputs, limits, inputs)),
-      limits=limits,
-      start_id=START,
-      max_length=MAX_LENGTH,
-      num_nodes=num_nodes,
-      key=jax.random.key(0),
+def decode(the_loop, prompt, seed, limits, num_nodes):
+  """Every row of the table model to its end."""
+  depth = the_loop.drafter.depth
+  state = the_loop.start(
+      MODEL.empty_cache(len(seed), cache_length(MAX_LENGTH, depth)), jnp.full_like(limits, START),
+      prompt, limits, hidden=jnp.zeros([len(seed), 1]), num_nodes=num_nodes,
   )
-  return loop.decode(
-      MODEL.verify(seed, eos_position), drafter, (), state,
-      search=find_tree, rule=rule, eos_id=MODEL.eos_id,
+  return the_loop.decode(state)
+
+
+def run(drafter, inputs, seed, eos_position, limits, find_tree, num_nodes, rule):
+  parts = Loop(
+      MODEL.verify(seed, eos_position), drafter, Params((), inputs), find_tree, MODEL.eos_id,
+      rule=rule,
   )
+  return decode(parts, Prompt(inputs, limits, MAX_LENGTH, None, inputs), seed, limits, num_nodes)
 
 
-@functools.partial(jax.jit, static_argnames=("drafter", "num_nodes", "rule"))
-def decode_chain(drafter, inputs, seed, eos_position, limits, num_nodes, rule=accept.ExactMatch()):
-  find_tree = functools.partial(search.chain, num_nodes=num_nodes)
-  return run(drafter, inputs, seed, eos_position, limits, find_tree, num_nodes, num_nodes - 1, rule)
+@functools.partial(jax.jit, static_argnames=("drafter", "rule"))
+def decode_chain(drafter, inputs, seed, eos_position, limits, rule=accept.ExactMatch()):
+  return run(
+      drafter, inputs, seed, eos_position, limits, search.chain, drafter.depth + 1, rule
+  )
 
 
 def make_rows(rng, rows=ROWS):
@@ -91,7 +94,7 @@ def draft_table(rng, greedy, depth, hit_rate, k=1):
 
 def check_rows(state, table, greedy, eos_position, limits, width):
   """Tokens, calls and the trace of every row against the simulator."""
-  state = jax.device_get(state.replace(key=None))
+  state = jax.device_get(state)
   for row in range(len(limits)):
     tokens, emitted = count_calls(
         greedy[row].tolist(),
@@ -118,7 +121,7 @@ def test_tokens_and_calls_equal_greedy_and_the_simulator(block_size, heads):
     drafter = NoisyDrafter(block_size - 1)
     if block_size == 1:
       drafter, table = EmptyDrafter(), np.zeros([ROWS, MAX_LENGTH + 1, 0, 1], np.int32)
-    state = decode_chain(drafter, table, seed, eos_position, limits, block_size)
+    state = decode_chain(drafter, table, seed, eos_position, limits)
     check_rows(state, table, greedy, eos_position, limits, block_size)
     num_tokens, num_calls = np.asarray(state.num_tokens), np.asarray(state.num_calls)
     if heads == "perfect":
@@ -128,21 +131,12 @@ def test_tokens_and_calls_equal_greedy_and_the_simulator(block_size, heads):
       np.testing.assert_array_equal(num_calls, num_tokens)
 
 
-@pytest.mark.parametrize("width", [1, 2, 3, 5, 8])
-def test_verify_width_below_the_block_size(width):
-  rng = np.random.default_rng(width)
-  seed, eos_position, limits, greedy = make_rows(rng)
-  table = draft_table(rng, greedy, 7, 0.8)
-  state = decode_chain(NoisyDrafter(7), table, seed, eos_position, limits, width)
-  check_rows(state, table, greedy, eos_position, limits, width)
-
-
 def test_perfect_reference_needs_one_call_and_a_ceiling():
   rng = np.random.default_rng(5)
   seed, eos_position, limits, greedy = make_rows(rng)
   for block_size in (2, 5, 9):
     state = decode_chain(
-        ReferenceDrafter(block_size - 1), greedy, seed, eos_position, limits, block_size
+        ReferenceDrafter(block_size - 1), greedy, seed, eos_position, limits
     )
     num_tokens = np.asarray(state.num_tokens)
     expected = np.where(num_tokens > 0, 1 + -(-(num_tokens - 1) // block_size), 0)
@@ -223,7 +217,7 @@ def test_trees_equal_greedy(num_nodes, depth, k):
   table = draft_table(rng, greedy, depth, 0.85, k)
   parents, candidate = grow_trees(rng, ROWS, num_nodes, depth, k)
   state = decode_trees(NoisyDrafter(depth), table, seed, eos_position, limits, parents, candidate)
-  state = jax.device_get(state.replace(key=None))
+  state = jax.device_get(state)
   for row in range(ROWS):
     tokens, emitted = walk_trees(
         greedy[row], table[row], parents[row], candidate[row], depth, int(limits[row])
@@ -238,8 +232,8 @@ def test_finished_and_padding_rows_stay_as_they_are():
   eos_position[0], limits[0] = 0, MAX_LENGTH  # ends with the first call
   limits[1] = 0  # a row that only pads
   table = draft_table(rng, greedy, 4, 0.5)
-  state = decode_chain(NoisyDrafter(4), table, seed, eos_position, limits, 5)
-  state = jax.device_get(state.replace(key=None))
+  state = decode_chain(NoisyDrafter(4), table, seed, eos_position, limits)
+  state = jax.device_get(state)
   assert state.call > 5
   assert state.num_calls[0] == 1 and state.num_tokens[0] == 1 and state.root[0] == MODEL.eos_id
   assert state.num_calls[1] == 0 and state.num_tokens[1] == 0 and state.root[1] == START
@@ -248,7 +242,7 @@ def test_finished_and_padding_rows_stay_as_they_are():
   for row in range(0, 64, 7):
     one = slice(row, row + 1)
     alone = decode_chain(
-        NoisyDrafter(4), table[one], seed[one], eos_position[one], limits[one], 5
+        NoisyDrafter(4), table[one], seed[one], eos_position[one], limits[one]
     )
     np.testing.assert_array_equal(alone.tokens[0, : alone.num_tokens[0]],
                                   state.tokens[row, : state.num_tokens[row]])
@@ -266,5 +260,5 @@ def test_approximate_rules_at_their_strictest_are_exact(rule):
   rng = np.random.default_rng(11)
   seed, eos_position, limits, greedy = make_rows(rng)
   table = draft_table(rng, greedy, 5, 0.7)
-  state = decode_chain(NoisyDrafter(5), table, seed, eos_position, limits, 6, rule)
+  state = decode_chain(NoisyDrafter(5), table, seed, eos_position, limits, rule)
   check_rows(state, table, greedy, eos_position, limits, 6)

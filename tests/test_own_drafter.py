@@ -64,10 +64,9 @@ def test_what_doesnt_fit_a_drafter_is_named(copying):
   model = Generator(CONFIG, params=None)
   drafter = copying.CopyDrafter(depth=3)
   for options, message in (
-      ({"method": drafter, "verify_width": 2}, "verify_width = 2: allowed is 4, one more than"),
-      ({"method": drafter, "block_size": 3}, "verify_width = 3: allowed is 4"),
-      ({"method": 7}, "method = 7: allowed is one of .* or a drafter"),
-      ({"method": drafter, "search": SearchSettings("p_best", 9), "top_k": 1}, "num_paths"),
+      ({"method": copying.CopyDrafter(depth=-1)}, "drafter.depth = -1: allowed is an integer of"),
+      ({"method": 7}, "method = 7: allowed is one of .* a Drafter or a Drafting"),
+      ({"method": drafter, "search": SearchSettings("p_best", 9)}, "num_paths"),
   ):
     with pytest.raises(InputError, match=message):
       model.generate([[5]], **options)

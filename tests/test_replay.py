@@ -50,7 +50,7 @@ def recording(base, prompts, greedy):  # noqa: F811
     "name,options",
     [
         ("none", {}),
-        ("none", {"verify_width": 3}),
+        ("none", {"block_size": 3}),
         ("neural and n-gram", {"top_k": 4}),
         ("4-gram", {"top_k": 4, "search": SearchSettings("p_best", num_paths=6, num_nodes=9)}),
         ("2-gram", {"top_k": 4, "search": SearchSettings("best_first", num_nodes=9)}),
@@ -61,8 +61,9 @@ def test_replay_is_live_decoding_call_by_call(
 ):
   with jax.enable_x64(True):
     scoring = all_scoring(base, small, arrays)[name]
-    live = base.generate(prompts, scoring=scoring, **options, **OPTIONS)
-    found = replay(base, recording, scoring=scoring, batch_size=32, **options)
+    heads = base.heads(options.pop("block_size", None), options.pop("top_k", 1))
+    live = base.generate(prompts, heads, scoring=scoring, **options, **OPTIONS)
+    found = replay(base, recording, heads, scoring=scoring, batch_size=32, **options)
   assert found.calls == live.calls and max(live.calls) > 2
   for again, trace in zip(found.traces, live.traces, strict=True):
     assert again == trace
@@ -73,10 +74,10 @@ def test_replay_of_the_oracle(base, prompts, recording, greedy):  # noqa: F811
   oracle = [Scoring(ReferenceScorer())]
   with jax.enable_x64(True):
     live = base.generate(
-        prompts, top_k=4, scoring=oracle, references=[x.tolist() for x in greedy.tokens],
-        **OPTIONS,
+        prompts, base.heads(top_k=4), scoring=oracle,
+        references=[x.tolist() for x in greedy.tokens], **OPTIONS,
     )
-    tokens, calls = count_calls(base, recording, scoring=oracle, top_k=4)
+    tokens, calls = count_calls(base, recording, base.heads(top_k=4), scoring=oracle)
   assert calls.tolist() == live.calls and tokens.tolist() == [len(x) for x in live.tokens]
 
 

@@ -24,7 +24,7 @@ from bpd_jax.ngram_lm.backoff import join_sequences
 from bpd_jax.ngram_lm.counts import count_grams
 from bpd_jax.ngram_lm.smoothing import kneser_ney
 from bpd_jax.partitioning import single_device
-from bpd_jax.small_model import ModelReader, neural_scoring
+from bpd_jax.reader import ModelReader
 
 VOCAB, H, MAX_LENGTH = 24, 5, 20
 CONFIG = ModelConfig(
@@ -78,14 +78,14 @@ def arrays(greedy):
 
 
 def all_scoring(base, small, arrays):
-  cache = CacheNgramScorer(MAX_LENGTH, VOCAB)
+  cache = CacheNgramScorer(VOCAB)
   return {
       "none": [],
       "2-gram": [Scoring(NgramScorer(2), arrays, 0.5)],
       "4-gram": [Scoring(NgramScorer(4), arrays, (0.5, 1.0, 2.0, 1.5), 0.5)],
-      "neural": [neural_scoring(small, 0.7, max_length=MAX_LENGTH)],
+      "neural": [small.scoring(0.7)],
       "neural and n-gram": [
-          neural_scoring(small, 0.7, max_length=MAX_LENGTH, sees_input=False),
+          small.scoring(0.7, sees_input=False),
           Scoring(NgramScorer(2), arrays, 0.3), Scoring(NoRepeatScorer(), (), 9.0),
           Scoring(cache),
       ],
@@ -114,8 +114,8 @@ def test_tokens_are_greedys(base, small, arrays, prompts, greedy, name, search):
   top_k, search = SEARCHES[search]
   with jax.enable_x64(True):
     found = base.generate(
-        prompts, top_k=top_k, search=search, scoring=all_scoring(base, small, arrays)[name],
-        **OPTIONS,
+        prompts, base.heads(top_k=top_k), search=search,
+        scoring=all_scoring(base, small, arrays)[name], **OPTIONS,
     )
   for row, expected in zip(found.tokens, greedy.tokens, strict=True):
     assert row.tolist() == expected.tolist()
@@ -132,8 +132,9 @@ def test_tokens_are_greedys(base, small, arrays, prompts, greedy, name, search):
 @pytest.mark.parametrize("weight", [(1e6,) * (H - 1), 1e6])
 def test_the_base_model_as_its_own_scorer_drafts_perfectly(base, prompts, greedy, weight):
   with jax.enable_x64(True):
-    scoring = [neural_scoring(base, weight, max_length=MAX_LENGTH)]
-    found = base.generate(prompts, top_k=VOCAB, scoring=scoring, **OPTIONS)
+    found = base.generate(
+        prompts, base.heads(top_k=VOCAB), scoring=[base.scoring(weight)], **OPTIONS
+    )
   lengths = [len(row) for row in greedy.tokens]
   assert found.calls == [1 + -(-(n - 1) // H) for n in lengths]
   assert len(set(lengths)) > 1
@@ -143,12 +144,12 @@ def test_the_oracle_is_above_every_search(base, small, arrays, prompts, greedy):
   oracle = [Scoring(ReferenceScorer(), (), 1.0)]
   with jax.enable_x64(True):
     best = base.generate(
-        prompts, top_k=4, scoring=oracle, references=[row.tolist() for row in greedy.tokens],
-        **OPTIONS,
+        prompts, base.heads(top_k=4), scoring=oracle,
+        references=[row.tolist() for row in greedy.tokens], **OPTIONS,
     )
     for name in ("none", "4-gram"):
       found = base.generate(
-          prompts, top_k=4, search=SearchSettings("p_best", num_paths=6),
+          prompts, base.heads(top_k=4), search=SearchSettings("p_best", num_paths=6),
           scoring=all_scoring(base, small, arrays)[name], **OPTIONS,
       )
       # Not row by row: a shorter step may end where the heads see further.
@@ -166,9 +167,9 @@ def test_a_neural_scorer_scores_as_its_model_does(small, prompts, sees_input):
     lengths = np.array([len(p) for p in prompts[:rows]], np.int32)
     for row, prompt in enumerate(prompts[:rows]):
       tokens[row, : len(prompt)] = prompt
-    scorer = NeuralScorer(ModelReader(small.model, sees_input), MAX_LENGTH)
-    prompt = Prompt(jnp.array(tokens), jnp.array(lengths))
-    state = jax.jit(scorer.init)(small.view, prompt)
+    scorer = NeuralScorer(ModelReader(small.model, sees_input))
+    prompt = Prompt(jnp.array(tokens), jnp.array(lengths), MAX_LENGTH)
+    state = jax.jit(scorer.init)(small.view, prompt, None)
     start, score, extend = jax.jit(scorer.start), jax.jit(scorer.score), jax.jit(scorer.extend)
     plain = EncoderDecoder(SMALL, single_device())
     if not sees_input:
@@ -190,7 +191,7 @@ def test_a_neural_scorer_scores_as_its_model_does(small, prompts, sees_input):
       step = empty_step(jnp.zeros([rows, 1]), 3).replace(
           tokens=jnp.array(block), num_tokens=jnp.array(num_tokens)
       )
-      state = start(small.view, state, step)
+      state = start(small.view, state, step, None)
       for row in range(rows):
         certain[row] += block[row, : num_tokens[row]].tolist()
       history = np.zeros([rows, 3, 0], np.int32)
@@ -227,13 +228,13 @@ def test_a_neural_scorer_scores_as_its_model_does(small, prompts, sees_input):
 )
 def test_weights_that_are_none(base, prompts, weight, message):
   with pytest.raises(InputError, match=message):
-    base.generate(prompts, top_k=2, scoring=[Scoring(NoRepeatScorer(), (), weight)], **OPTIONS)
+    base.generate(prompts, scoring=[Scoring(NoRepeatScorer(), (), weight)], **OPTIONS)
 
 
 def test_lattices_that_are_none(base, prompts):
-  with pytest.raises(InputError, match="top_k = 25: allowed is at most 24, the vocabulary"):
-    base.generate(prompts, top_k=25, **OPTIONS)
+  with pytest.raises(InputError, match="top_k = 25: allowed is 1 … 24, the vocabulary"):
+    base.heads(top_k=25)
   with pytest.raises(InputError, match=r"num_paths = 300: allowed is at most 4\^4"):
     base.generate(
-        prompts, top_k=4, search=SearchSettings("p_best", num_paths=300), **OPTIONS
+        prompts, base.heads(top_k=4), search=SearchSettings("p_best", num_paths=300), **OPTIONS
     )

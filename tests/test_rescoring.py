@@ -11,13 +11,12 @@ from table_model import TableModel
 import test_loop
 
 from bpd_jax.decoding import loop
-from bpd_jax.decoding.cache import cache_length
 from bpd_jax.decoding.rescoring import constant_weights, Rescorer, RescorerParams
 from bpd_jax.decoding.scorers.cache_ngram import CacheNgramScorer
 from bpd_jax.decoding.scorers.no_repeat import NoRepeatScorer
 from bpd_jax.decoding.scorers.reference import ReferenceScorer
 from bpd_jax.decoding.search import SearchSettings
-from bpd_jax.decoding.types import Prompt
+from bpd_jax.decoding.types import Params, Prompt
 
 MODEL = TableModel(vocab_size=7)
 MAX_LENGTH = test_loop.MAX_LENGTH
@@ -27,10 +26,10 @@ DEPTH, K = 4, 3
 SCORERS = {
     "none": (),
     "no_repeat": (NoRepeatScorer(),),
-    "cache": (CacheNgramScorer(MAX_LENGTH, MODEL.vocab_size),),
+    "cache": (CacheNgramScorer(MODEL.vocab_size),),
     "pair": (HashScorer(1), NoRepeatScorer()),
     "whole": (HashScorer(-1),),
-    "three": (HashScorer(2), CacheNgramScorer(MAX_LENGTH, MODEL.vocab_size, order=2)),
+    "three": (HashScorer(2), CacheNgramScorer(MODEL.vocab_size, order=2)),
 }
 SEARCHES = {
     "chain": SearchSettings(),
@@ -47,20 +46,15 @@ def decode(search, rescorer, weights, table, greedy, seed, eos_position, limits)
   """Every row to its end; `greedy` is what the oracle knows."""
   drafter = test_loop.NoisyDrafter(DEPTH)
   params = RescorerParams(weights, ((),) * len(rescorer.scorers))
-  prompt = Prompt(table, limits, greedy)
-  # The scorers' input: any tokens.
-  seen = Prompt(table[:, 0, :, 0], jnp.full_like(limits, DEPTH), greedy)
-  state = loop.initial_state(
-      MODEL.empty_cache(len(seed), cache_length(MAX_LENGTH, DEPTH)),
-      loop.empty_step(jnp.zeros([len(seed), 1]), DEPTH),
-      drafter.init((), prompt), rescorer.init(params, seen),
-      limits=limits, start_id=test_loop.START, max_length=MAX_LENGTH,
-      num_nodes=search.nodes(DEPTH), key=jax.random.key(0),
+  # The scorers' input: any tokens. The drafter's table is what it learned.
+  prompt = Prompt(
+      table[:, 0, :, 0], jnp.full_like(limits, DEPTH), MAX_LENGTH, references=greedy
   )
-  return loop.decode(
-      MODEL.verify(seed, eos_position), drafter, (), state, search=search.make(DEPTH),
-      rescorer=rescorer, rescorer_params=params, eos_id=MODEL.eos_id,
+  parts = loop.Loop(
+      MODEL.verify(seed, eos_position), drafter, Params((), table), search.make(DEPTH),
+      MODEL.eos_id, rescorer, params,
   )
+  return test_loop.decode(parts, prompt, seed, limits, search.nodes(DEPTH))
 
 
 def run(rng, search, scorers, hit_rate, rows=ROWS):
@@ -72,7 +66,7 @@ def run(rng, search, scorers, hit_rate, rows=ROWS):
       search, Rescorer(scorers), weights, table, greedy, seed, eos_position, limits
   )
   lengths = np.minimum(limits, eos_position + 1)
-  return jax.device_get(state.replace(key=None)), greedy, lengths, table
+  return jax.device_get(state), greedy, lengths, table
 
 
 # Each pair is a loop to compile. A third of them are always run, every scorer and every
@@ -159,11 +153,11 @@ def cache_prob(text, context, token, vocab_size, smoothing):
 @pytest.mark.parametrize("sees_input", [True, False])
 def test_cache_ngrams_are_counts_of_input_and_prefix(order, sees_input):
   rng = np.random.default_rng(order)
-  scorer = CacheNgramScorer(30, 6, order=order, smoothing=0.4, sees_input=sees_input)
+  scorer = CacheNgramScorer(6, order=order, smoothing=0.4, sees_input=sees_input)
   rows = 40
   tokens = rng.integers(1, 6, [rows, 12]).astype(np.int32)
   lengths = rng.integers(1, 13, rows).astype(np.int32)
-  state = scorer.init((), Prompt(tokens, lengths))
+  state = scorer.init((), Prompt(tokens, lengths, 30), None)
   outputs = [[] for _ in range(rows)]
   for _ in range(4):
     block = rng.integers(1, 6, [rows, 5]).astype(np.int32)
@@ -171,7 +165,7 @@ def test_cache_ngrams_are_counts_of_input_and_prefix(order, sees_input):
     step = loop.empty_step(jnp.zeros([rows, 1]), 4).replace(
         tokens=jnp.array(block), num_tokens=jnp.array(num_tokens)
     )
-    state = scorer.start((), state, step)
+    state = scorer.start((), state, step, None)
     for row in range(rows):
       outputs[row] += block[row, : num_tokens[row]].tolist()
   candidates = np.array([np.arange(1, 6)] * rows, np.int32)

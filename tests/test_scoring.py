@@ -30,7 +30,6 @@ from bpd_jax.ngram_lm.backoff import join_sequences
 from bpd_jax.ngram_lm.counts import count_grams
 from bpd_jax.ngram_lm.smoothing import kneser_ney
 from bpd_jax.partitioning import make_partitioning, single_device
-from bpd_jax.small_model import neural_scoring
 
 folder = sys.argv[1]
 config = ModelConfig(
@@ -53,17 +52,19 @@ grams = ngram_params(kneser_ney(count_grams(
     join_sequences([np.where(row == 0, 2, row) for row in greedy.tokens], 48), 2, 48), (1,) * 2))
 elsewhere = load(folder + "/small", partitioning=single_device(jax.devices()[5]))
 scorings = {
-    "source": lambda model: load_scoring((NeuralSource(folder + "/small", weight=0.7),), model, 12),
-    "own": lambda model: [neural_scoring(elsewhere, 0.7, max_length=12)],
+    "source": lambda model: load_scoring((NeuralSource(folder + "/small", weight=0.7),), model),
+    "own": lambda model: [elsewhere.scoring(0.7)],
     "n-gram": lambda model: [Scoring(NgramScorer(2), grams, 0.5)],
 }
 out = {}
 recording = record(many, prompts, many.generate(prompts, "greedy", **options), 12)
 for name, scoring in scorings.items():
-  more = {"top_k": 3, "search": SearchSettings("p_best", num_paths=3)}
+  more = lambda model: {
+      "method": model.heads(top_k=3), "search": SearchSettings("p_best", num_paths=3),
+      "scoring": scoring(model)}
   alone, found = (
-      model.generate(prompts, scoring=scoring(model), **more, **options) for model in (one, many))
-  again = replay(many, recording, scoring=scoring(many), batch_size=4, **more)
+      model.generate(prompts, **more(model), **options) for model in (one, many))
+  again = replay(many, recording, batch_size=4, **more(many))
   out[name] = {
       "greedy": all(map(np.array_equal, found.tokens, greedy.tokens)),
       "calls": found.calls == alone.calls == again.calls, "drafted": found.block_efficiency > 1}

@@ -31,12 +31,12 @@ def path_score(rescorer, lattice, roots, weights=None):
   params = RescorerParams(
       constant_weights(values, depth) if values else None, ((),) * len(rescorer.scorers)
   )
-  prompt = Prompt(roots[:, None], jnp.ones_like(roots))
+  prompt = Prompt(roots[:, None], jnp.ones_like(roots), depth + 1)
   step = empty_step(jnp.zeros([len(roots), 1]), depth)
   step = step.replace(
       tokens=step.tokens.at[:, 0].set(roots), num_tokens=jnp.ones_like(roots)
   )
-  state = rescorer.start(params, rescorer.init(params, prompt), step)
+  state = rescorer.start(params, rescorer.init(params, prompt, None), step, lattice)
   return rescorer.path_score(params, state, lattice)
 
 
@@ -245,12 +245,12 @@ def test_chain_takes_the_best_step_by_step(contexts):
 
   @jax.jit
   def find(lattice, roots):
-    return chain(lattice, roots, path_score(rescorer, lattice, roots), num_nodes=4)
+    return chain(lattice, roots, path_score(rescorer, lattice, roots))
 
   tree = jax.device_get(find(lattice, roots))
   for row in range(ROWS):
     worth, path = worths(rescorer, int(roots[row])), []
-    for i in range(3):
+    for i in range(4):
       values = [
           lattice.scores[row, i, c] + worth(path, int(t), i)
           for c, t in enumerate(lattice.tokens[row, i])

@@ -51,7 +51,7 @@ def test_it_is_small_and_reads_as_float32(model):
 def test_it_copies_code_in_blocks_and_says_what_greedy_says(model):
   prompts = [PROMPT, *(row["inputs"] for row in load_rows("code_format", "test")[:3])]
   greedy = model.generate(prompts, "greedy", batch_size=4)
-  out = model.generate(prompts, batch_size=4, block_size=8)
+  out = model.generate(prompts, model.heads(8), batch_size=4)
   assert out.texts == greedy.texts
   assert out.texts[0].startswith("def f(a, b=None):\n    if b is None:")
   assert out.block_efficiency > 2.5

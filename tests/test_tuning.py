@@ -26,6 +26,7 @@ from bpd_jax.decoding.scorers.ngram import NgramScorer
 from bpd_jax.errors import InputError
 from bpd_jax.evaluate import evaluate
 from bpd_jax.evaluation.analysis import RECALLS
+from bpd_jax.evaluation.drafting import Draft
 from bpd_jax.evaluation.replay import count_calls, record
 from bpd_jax.evaluation.run import Method
 from bpd_jax.evaluation.scoring import CacheSource, load_scoring, NeuralSource, NgramSource
@@ -70,17 +71,17 @@ def test_tunings_that_are_none(options, message):
 
 
 def test_the_weight_with_the_fewest_calls_wins(base, arrays, prompts, greedy):  # noqa: F811
-  method = Method("both", top_k=4, search="p_best", scorers=(CacheSource(), CacheSource()))
+  method = Method("both", Draft(top_k=4), search="p_best", scorers=(CacheSource(), CacheSource()))
   scoring = [
       Scoring(NgramScorer(2), arrays),
-      *load_scoring((CacheSource(order=2),), base, MAX_LENGTH),
+      *load_scoring((CacheSource(order=2),), base),
   ]
   with jax.enable_x64(True):
     recording = record(base, prompts, greedy, MAX_LENGTH)
 
     def efficiency(*weights):
       parts = [dataclasses.replace(x, weight=w) for x, w in zip(scoring, weights)]
-      tokens, calls = count_calls(base, recording, scoring=parts, **method.options)
+      tokens, calls = count_calls(base, recording, scoring=parts, **method.options(base))
       return tokens.sum() / calls.sum()
 
     chosen, best = tune(
@@ -222,7 +223,7 @@ def check_tables(folder, task, methods):
 def check_taken_over(folders, folder, methods):
   """An evaluation under other conditions has the weights of the first, on its reported rows."""
   method = Method(
-      "best16_4gram", top_k=4, search="p_best", num_paths=5,
+      "best16_4gram", Draft(top_k=4), search="p_best", num_paths=5,
       scorers=(NgramSource(str(folders / "four.arpa"), 4),),
   )
   tuned = Tuned(str(folder / "out"))

@@ -29,7 +29,7 @@ from bpd_jax.evaluation.watch import watch
 def test_every_choice_is_the_best_of_what_is_shown(
     base, small, arrays, recording, name, search  # noqa: F811
 ):
-  options = {"top_k": 4, "search": search}
+  options = {"method": base.heads(top_k=4), "search": search}
   with jax.enable_x64(True):
     scoring = all_scoring(base, small, arrays)[name]
     for row in range(3):
@@ -42,9 +42,9 @@ def test_every_choice_is_the_best_of_what_is_shown(
         total = 0
         for i, step in enumerate(watched.steps):
           assert len(step.tokens) == 4 == len(set(step.tokens))
-          assert step.heads == sorted(step.heads, reverse=True) and step.heads[0] <= 0
+          assert step.scores == sorted(step.scores, reverse=True) and step.scores[0] <= 0
           assert len(step.scorers) == len(scoring)
-          values = np.array(step.heads) + sum(map(np.array, step.scorers), np.zeros(4))
+          values = np.array(step.scores) + sum(map(np.array, step.scorers), np.zeros(4))
           total += values[step.chosen]
           # A path's first token is a child of the root; a chain takes the best step by step.
           if search.name == "chain":
@@ -61,7 +61,7 @@ def test_every_choice_is_the_best_of_what_is_shown(
 def best_by_hand(watched):
   """The worth of the path that takes, after the chosen one, the best last step."""
   values = [
-      np.array(step.heads) + sum(map(np.array, step.scorers), np.zeros(4))
+      np.array(step.scores) + sum(map(np.array, step.scorers), np.zeros(4))
       for step in watched.steps
   ]
   before = sum(v[s.chosen] for v, s in zip(values[:-1], watched.steps[:-1]))

@@ -29,7 +29,6 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from bpd_jax import programs
 from bpd_jax.benchmark.engines import (
     missing_packages,
     PACKAGES,
@@ -38,13 +37,15 @@ from bpd_jax.benchmark.engines import (
     Spread,
     Worker,
 )
-from bpd_jax.decoding.types import Prompt
+from bpd_jax.decoding.drafters.reference import ReferenceDrafter
+from bpd_jax.decoding.types import Context, Prompt
 from bpd_jax.errors import InputError
 from bpd_jax.interchange.huggingface import export_model
 from bpd_jax.model.config import ModelConfig
 from bpd_jax.model.model import decode_view, EncoderDecoder, init_params
 from bpd_jax.partitioning import single_device
-from bpd_jax.programs import DecodeSettings
+from bpd_jax.programs import CACHE, DECODE, DecodeParams, DecodeSettings, PREFILL
+from bpd_jax.reader import heads_drafter
 
 BLOCK_SIZE = 8
 # Calls that a timing of one width makes.
@@ -109,43 +110,41 @@ class Decoder:
         jax.jit(functools.partial(decode_view, config))(params)
     )
     model = EncoderDecoder(config, single_device(), is_view=True)
-    self._prefill = jax.jit(functools.partial(programs.prefill, model))
-    self._start = jax.jit(functools.partial(programs.start_state, model), static_argnums=0)
-    self._decode = jax.jit(
-        functools.partial(programs.decode_batch, model), static_argnums=0, donate_argnums=3
-    )
+    self._model = model
 
-  def prefill(self, inputs: np.ndarray) -> tuple[programs.Context, float]:
+  def prefill(self, inputs: np.ndarray) -> tuple[Context, float]:
     """Runs the encoder over [batch, input length]; the context and seconds."""
     lengths = np.full([inputs.shape[0]], inputs.shape[1], np.int32)
     began = time.perf_counter()
-    context = jax.block_until_ready(self._prefill(self.view, inputs, lengths))
+    context = jax.block_until_ready(PREFILL(self._model, self.view, inputs, lengths))
     return context, time.perf_counter() - began
 
   def loop(
-      self, context: programs.Context, method: str, width: int, num_tokens: int,
-      references: np.ndarray | None = None,
+      self, context: Context, width: int, num_tokens: int, references: np.ndarray | None = None,
   ) -> tuple[np.ndarray, int, float]:
     """Decodes to `num_tokens` tokens a row in buffers of the output length.
 
     Args:
       context: from `prefill`.
-      method: one of `programs.METHODS`.
-      width: nodes of a call.
+      width: nodes of a call; with 1 it is greedy.
       num_tokens: limit of every row.
-      references: [batch, n] int32 for the method "reference".
+      references: [batch, n] int32, what is drafted; by default what the heads say.
 
     Returns:
       Tokens [batch, num_tokens], decoder calls of the loop, and seconds.
     """
-    settings = DecodeSettings(method, width, width, self.options.output_length)
-    limits = np.full([context.mask.shape[0]], num_tokens, np.int32)
+    length, batch_size = self.options.output_length, context.mask.shape[0]
+    drafter = heads_drafter(self._model, width)
+    if references is not None and width > 1:
+      drafter = ReferenceDrafter(width - 1)
+    settings = DecodeSettings(drafter)
+    limits = np.full([batch_size], num_tokens, np.int32)
     began = time.perf_counter()
-    prompt = None
-    if references is not None:
-      prompt = Prompt(references[:, :0], limits, references)
-    state = self._start(settings, limits, prompt, jax.random.key(0))
-    state = jax.block_until_ready(self._decode(settings, self.view, context, state))
+    prompt = Prompt(limits[:, None], limits, length, references=references)
+    cache = CACHE(self._model, settings, batch_size, length)
+    state = jax.block_until_ready(DECODE(
+        self._model, settings, DecodeParams(self.view), context, prompt, limits, 0, limits, cache
+    ))
     seconds = time.perf_counter() - began
     return np.asarray(state.tokens)[:, :num_tokens], int(state.call), seconds
 
@@ -314,25 +313,25 @@ def _measure_batch(
       config.eos_id + 1, config.vocab_size, [batch_size, options.input_length], dtype=np.int32
   )
   context, _ = decoder.prefill(inputs)
-  greedy, _, _ = decoder.loop(context, "greedy", 1, options.output_length)
+  greedy, _, _ = decoder.loop(context, 1, options.output_length)
   # EOS as a draft is wrong at every place, so a call emits exactly one token.
   wrong = np.full_like(greedy, config.eos_id)
   num_calls = min(NUM_CALLS, options.output_length)
 
-  def own(method, width, references=None):
+  def own(width, references=None):
     def decode(inputs):
       context, prefill_seconds = decoder.prefill(inputs)
       tokens, calls, seconds = decoder.loop(
-          context, method, width, options.output_length, references
+          context, width, options.output_length, references
       )
       return tokens, prefill_seconds + seconds, calls, seconds
 
     return decode
 
   engines = {
-      "greedy": own("greedy", 1),
-      "perfect drafts": own("reference", BLOCK_SIZE, greedy),
-      "fresh heads": own("blockwise", BLOCK_SIZE),
+      "greedy": own(1),
+      "perfect drafts": own(BLOCK_SIZE, greedy),
+      "fresh heads": own(BLOCK_SIZE),
       **{name: lambda inputs, run=run: (*run(inputs), None, None) for name, run in peers.items()},
   }
   record = {
@@ -364,12 +363,11 @@ def _measure_batch(
         [int(row), int(differs[row].argmax())] for row in np.flatnonzero(differs.any(1))
     ]
 
-  def run_call(call, method, kept, keep):
+  def run_call(call, references, kept, keep):
     width = call["width"]
-    references = wrong if method == "reference" else None
     _, calls, seconds = timed(
-        f"{width} nodes, {method}",
-        lambda: decoder.loop(context, method, width, num_calls, references),
+        f"{width} nodes, {'heads' if references is None else 'given drafts'}",
+        lambda: decoder.loop(context, width, num_calls, references),
     )
     if keep:
       call[kept].append(1e3 * seconds / calls)
@@ -385,9 +383,9 @@ def _measure_batch(
   weights = call_weights(config, decoder.view)
   runs = [functools.partial(run_engine, name) for name in engines]
   for call in record["calls"]:
-    runs.append(functools.partial(run_call, call, "reference", "milliseconds"))
+    runs.append(functools.partial(run_call, call, wrong, "milliseconds"))
     if 1 < call["width"] <= BLOCK_SIZE:
-      runs.append(functools.partial(run_call, call, "blockwise", "blockwise_milliseconds"))
+      runs.append(functools.partial(run_call, call, None, "blockwise_milliseconds"))
   runs.append(functools.partial(run_floor, "weights", weights))
   runs.append(functools.partial(run_floor, "all", weights + jax.tree.leaves(context.cross)))
   # The first round compiles and warms up. Later ones go back and forth, so that

@@ -33,7 +33,7 @@ from bpd_jax.ngram_lm.backoff import BackOff, join_sequences
 from bpd_jax.ngram_lm.counts import count_grams
 from bpd_jax.ngram_lm.smoothing import kneser_ney
 from bpd_jax.partitioning import single_device
-from bpd_jax.programs import make_cache, prefill
+from bpd_jax.reader import make_cache, prefill
 from bpd_jax.vocabulary import SentencePieceVocabulary
 
 WEIGHT = 0.5

@@ -149,7 +149,9 @@ def accept(
       tokens=tokens,
       num_tokens=num_accepted + jnp.where(ends | ~is_finite, 0, 1),
       path=path,
+      states=trees.gather_nodes(verified.hidden, path),
       hidden=trees.gather_nodes(verified.hidden, last[:, None])[:, 0],
       is_finite=is_finite,
+      num_verified=tree.is_valid.sum(-1, dtype=jnp.int32) - 1,
       probes=None if probes is None else trees.gather_nodes(probes, last[:, None])[:, 0],
   )

@@ -11,6 +11,7 @@ NaN looks like perfect heads: base and drafter both say token 0. So where a numb
 that decides isn't finite the row ends, and the state says what it was.
 """
 
+import dataclasses
 from typing import Any
 
 from flax import struct
@@ -21,13 +22,19 @@ from bpd_jax.decoding import accept as acceptance
 from bpd_jax.decoding.cache import commit, write_rows
 from bpd_jax.decoding.rescoring import Rescorer, RescorerParams
 from bpd_jax.decoding.types import (
-  AcceptanceRule,
-  Array,
-  Cache,
-  Drafter,
-  Search,
-  Step,
-  Verify,
+    AcceptanceRule,
+    Array,
+    Cache,
+    Context,
+    Drafter,
+    Lattice,
+    Params,
+    Policy,
+    Prompt,
+    Search,
+    Step,
+    Tree,
+    Verify,
 )
 
 # What `DecodeState.failure` counts; 0 is none.
@@ -44,6 +51,10 @@ class Trace:
     drafts: [batch, calls, nodes] int32, the tokens of the verified nodes, root
       first; -1 where a node was not valid or no call was made.
     parents: [batch, calls, nodes] int32, of each node; -1 for the root.
+    accepted: [batch, calls, depth] int32, the nodes whose tokens were emitted, the root's
+      child first; -1 beyond the last.
+    sources: [batch, calls, nodes] int32, which drafter each node is from, as
+      `Lattice.sources` says; 0 where there is one.
     num_emitted: [batch, calls] int32, tokens emitted by each call, 0 after the
       row's end.
     is_exact: [batch, calls] bool, whether the search proved what it found.
@@ -51,6 +62,8 @@ class Trace:
 
   drafts: Array
   parents: Array
+  accepted: Array
+  sources: Array
   num_emitted: Array
   is_exact: Array
 
@@ -69,12 +82,12 @@ class DecodeState:
     failure: [batch] int32, of `FAILURES`, what wasn't finite in the row's last call.
     root: [batch] int32, the newest certain token, not yet in the cache.
     cache: the committed prefix.
-    step: what the last call made certain.
+    step: what the last call made certain; None once all rows are done.
     drafter: the drafter's own state.
     rescorer: the scorers' states.
+    policy: the policy's state.
     trace: see `Trace`.
     call: [] int32, calls of the loop so far.
-    key: a jax.random key.
   """
 
   tokens: Array
@@ -85,77 +98,29 @@ class DecodeState:
   failure: Array
   root: Array
   cache: Cache
-  step: Step
+  step: Step | None
   drafter: Any
   rescorer: Any
+  policy: Any
   trace: Trace
   call: Array
-  key: Array
 
 
-def initial_state(
-    cache: Cache,
-    step: Step,
-    drafter_state: Any,
-    rescorer_state: Any = (),
-    *,
-    limits: Array,
-    start_id: int,
-    max_length: int,
-    num_nodes: int,
-    key: Array,
-) -> DecodeState:
-  """The state before the first call: the root is the start token.
+@struct.dataclass
+class Called:
+  """One call of the loop, for who looks on.
 
-  Args:
-    cache: empty, with room for `cache_length(max_length, max_depth)` slots.
-    step: a step with `num_tokens` 0 and the shapes that the loop produces; see
-      `empty_step`.
-    drafter_state: from `drafter.init`.
-    rescorer_state: from `rescorer.init`.
-    limits: [batch] int32, at most `max_length`.
-    start_id: the decoder's start token.
-    max_length: most tokens of any row (static).
-    num_nodes: nodes of the trees (static).
-    key: for drafters and rules that sample.
+  Attributes:
+    lattice: what was drafted.
+    rescorer: the scorers' states in which it was judged.
+    tree: what was verified.
+    step: what became certain.
   """
-  batch, block = step.tokens.shape
-  return DecodeState(
-      tokens=jnp.zeros([batch, max_length + block], jnp.int32),
-      num_tokens=jnp.zeros([batch], jnp.int32),
-      num_calls=jnp.zeros([batch], jnp.int32),
-      limits=limits,
-      is_done=limits <= 0,
-      failure=jnp.zeros([batch], jnp.int32),
-      root=jnp.full([batch], start_id, jnp.int32),
-      cache=cache,
-      step=step,
-      drafter=drafter_state,
-      rescorer=rescorer_state,
-      trace=Trace(
-          drafts=jnp.full([batch, max_length, num_nodes], -1, jnp.int32),
-          parents=jnp.full([batch, max_length, num_nodes], -1, jnp.int32),
-          num_emitted=jnp.zeros([batch, max_length], jnp.int32),
-          is_exact=jnp.ones([batch, max_length], bool),
-      ),
-      call=jnp.zeros([], jnp.int32),
-      key=key,
-  )
 
-
-def empty_step(hidden: Array, max_depth: int, probes: Array | None = None) -> Step:
-  """The step before the first call: nothing became certain.
-
-  Args:
-    hidden: [batch, d] zeros of the model's dtype.
-    max_depth: largest depth of the trees (static).
-    probes: [batch, k, d] zeros, or None.
-  """
-  none = jnp.zeros([hidden.shape[0], max_depth + 1], jnp.int32)
-  return Step(
-      tokens=none, num_tokens=none[:, 0], path=none, hidden=hidden,
-      is_finite=none[:, 0] == 0, probes=probes,
-  )
+  lattice: Lattice
+  rescorer: Any
+  tree: Tree
+  step: Step
 
 
 def cut_step(step: Step, budget: Array) -> Step:
@@ -163,68 +128,99 @@ def cut_step(step: Step, budget: Array) -> Step:
   return step.replace(num_tokens=jnp.minimum(step.num_tokens, budget))
 
 
-def decode(
-    verify: Verify,
-    drafter: Drafter,
-    drafter_params: Any,
-    state: DecodeState,
-    *,
-    search: Search,
-    rescorer: Rescorer = Rescorer(),
-    rescorer_params: RescorerParams = RescorerParams(),
-    rule: AcceptanceRule = acceptance.ExactMatch(),
-    eos_id: int,
-) -> DecodeState:
-  """Decodes every row to its EOS or limit.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Loop:
+  """The parts of a decoding, and their parameters.
 
-  Args:
+  Attributes:
     verify: one decoder call over a tree.
     drafter: proposes lattices.
-    drafter_params: its parameters, any pytree.
-    state: from `initial_state`; donate it to the jitted caller.
+    params: what it reads.
     search: from a lattice, the root and what paths are worth to a tree.
+    eos_id: the id that ends a row.
     rescorer: what else than the drafter's scores a path is worth.
     rescorer_params: its weights and its scorers' parameters.
+    policy: which rows draft, and which nodes are verified; None for all.
+    policy_params: what it reads.
     rule: which drafted tokens pass.
-    eos_id: the id that ends a row.
-
-  Returns:
-    The last state.
   """
 
-  def call_once(state: DecodeState) -> DecodeState:
-    key = jax.random.fold_in(state.key, state.call)
-    lattice, drafter_state = drafter.propose(
-        drafter_params, state.drafter, state.step, key
+  verify: Verify
+  drafter: Drafter
+  params: Params
+  search: Search
+  eos_id: int
+  rescorer: Rescorer = Rescorer()
+  rescorer_params: RescorerParams = RescorerParams()
+  policy: Policy | None = None
+  policy_params: Any = ()
+  rule: AcceptanceRule = acceptance.ExactMatch()
+
+  def start(
+      self, cache: Cache, root: Array, prompt: Prompt, limits: Array,
+      context: Context | None = None, *, hidden: Array, num_nodes: int,
+  ) -> DecodeState:
+    """The state before the first call.
+
+    Args:
+      cache: what is certain but for the root, with room for
+        `cache_length(prompt.max_length, depth)` slots more.
+      root: [batch] int32, the newest certain token, which was emitted before or never is.
+      prompt: the inputs.
+      limits: [batch] int32, at most `prompt.max_length`; 0 for rows that only pad.
+      context: what the model made of the inputs.
+      hidden: [batch, d] zeros of the model's dtype.
+      num_nodes: nodes of the trees (static).
+    """
+    batch, length, depth = limits.shape[0], prompt.max_length, self.drafter.depth
+    none = jnp.zeros([batch], jnp.int32)
+    policy = () if self.policy is None else self.policy.init(self.policy_params, prompt, context)
+    unused = lambda *shape: jnp.full([batch, length, *shape], -1, jnp.int32)
+    return DecodeState(
+        tokens=jnp.zeros([batch, length + depth + 1], jnp.int32),
+        num_tokens=none, num_calls=none, limits=limits, is_done=limits <= 0, failure=none,
+        root=root, cache=cache, step=empty_step(hidden, depth, self.drafter.num_probes),
+        drafter=self.drafter.init(self.params, prompt, context),
+        rescorer=self.rescorer.init(self.rescorer_params, prompt, context),
+        policy=policy,
+        trace=Trace(
+            drafts=unused(num_nodes), parents=unused(num_nodes), accepted=unused(depth),
+            sources=jnp.zeros([batch, length, num_nodes], jnp.int32),
+            num_emitted=jnp.zeros([batch, length], jnp.int32),
+            is_exact=jnp.ones([batch, length], bool),
+        ),
+        call=jnp.zeros([], jnp.int32),
     )
-    # A drafter may have scores in the model's dtype, too few bits to add and to mask.
-    wide = jnp.promote_types(lattice.scores.dtype, jnp.float32)
-    lattice = lattice.replace(scores=lattice.scores.astype(wide))
-    rescorer_state = rescorer.start(rescorer_params, state.rescorer, state.step)
-    score = rescorer.path_score(rescorer_params, rescorer_state, lattice)
-    tree = search(lattice, state.root, score)
-    verified = verify(state.cache, tree)
-    step = acceptance.accept(rule, tree, verified, eos_id=eos_id)
+
+  def call(self, state: DecodeState) -> tuple[DecodeState, Called]:
+    """One call: what it leaves, and what it did."""
+    lattice = self._propose(state)
+    rescorer = self.rescorer.start(self.rescorer_params, state.rescorer, state.step, lattice)
+    score = self.rescorer.path_score(self.rescorer_params, rescorer, lattice)
+    tree = self.search(lattice, state.root, score)
+    if self.policy is not None:
+      tree = self.policy.cut(self.policy_params, state.policy, lattice, tree)
+    verified = self.verify(state.cache, tree)
+    step = acceptance.accept(self.rule, tree, verified, eos_id=self.eos_id)
     budget = jnp.where(state.is_done, 0, state.limits - state.num_tokens)
     step = cut_step(step, budget)
 
     slot = jnp.arange(step.tokens.shape[1])
-    ends = ((step.tokens == eos_id) & (slot < step.num_tokens[:, None])).any(-1)
+    ends = ((step.tokens == self.eos_id) & (slot < step.num_tokens[:, None])).any(-1)
     num_tokens = state.num_tokens + step.num_tokens
     ends |= num_tokens >= state.limits
     # A choice that isn't needed may be none.
     bad = (~step.is_finite & ~ends, _is_bad(lattice.is_finite), _is_bad(tree.is_finite))
     failure = jnp.select(bad, range(1, len(FAILURES)), 0)
     failure = jnp.where(state.is_done, state.failure, failure.astype(jnp.int32))
-    drafts = jnp.where(tree.is_valid & ~state.is_done[:, None], tree.tokens, -1)
-    parents = jnp.broadcast_to(tree.parents, drafts.shape)
-    is_exact = jnp.ones_like(state.is_done) if tree.is_exact is None else tree.is_exact
-    called = Trace(drafts, parents, step.num_tokens, is_exact)
     trace = jax.tree.map(
         lambda old, new: jax.lax.dynamic_update_index_in_dim(old, new, state.call, axis=1),
-        state.trace, called,
+        state.trace, _record(lattice, tree, step, state.is_done),
     )
-    return state.replace(
+    policy = state.policy
+    if self.policy is not None:
+      policy = self.policy.start(self.policy_params, policy, step)
+    after = state.replace(
         tokens=write_rows(state.tokens, step.tokens, state.num_tokens, axis=1),
         num_tokens=num_tokens,
         num_calls=state.num_calls + ~state.is_done,
@@ -233,13 +229,92 @@ def decode(
         root=step.newest(state.root),
         cache=commit(state.cache, verified, step),
         step=step,
-        drafter=drafter_state,
-        rescorer=rescorer_state,
+        drafter=self.drafter.start(self.params, state.drafter, step, lattice),
+        rescorer=rescorer,
+        policy=policy,
         trace=trace,
         call=state.call + 1,
     )
+    return after, Called(lattice, rescorer, tree, step)
 
-  return jax.lax.while_loop(lambda s: ~s.is_done.all(), call_once, state)
+  def decode(self, state: DecodeState) -> DecodeState:
+    """Decodes every row to its EOS or limit.
+
+    Args:
+      state: from `start`; its cache is best donated to the jitted caller.
+
+    Returns:
+      The last state, without what only a next call would read.
+    """
+    is_live = lambda state: ~state.is_done.all()
+    last = jax.lax.while_loop(is_live, lambda state: self.call(state)[0], state)
+    return last.replace(step=None, drafter=(), rescorer=(), policy=())
+
+  def _propose(self, state: DecodeState) -> Lattice:
+    """The drafter's lattice, of the rows that want one."""
+    propose = lambda: self.drafter.propose(self.params, state.drafter, None, state.cache)
+    if self.policy is None:
+      lattice = propose()
+    else:
+      wants = self.policy.wants(self.policy_params, state.policy)
+      wants &= ~state.is_done
+      nothing = jax.tree.map(
+          lambda leaf: jnp.ones(leaf.shape, leaf.dtype) if leaf.dtype == bool
+          else jnp.zeros(leaf.shape, leaf.dtype),
+          jax.eval_shape(propose),
+      )
+      lattice = jax.lax.cond(wants.any(), propose, lambda: nothing)
+      lattice = lattice.replace(num_steps=jnp.where(wants, lattice.num_steps, 0))
+    # A drafter may have scores in the model's dtype, too few bits to add and to mask.
+    wide = jnp.promote_types(lattice.scores.dtype, jnp.float32)
+    return lattice.replace(scores=lattice.scores.astype(wide))
+
+
+def empty_step(hidden: Array, max_depth: int, num_probes: int = 0) -> Step:
+  """The step before the first call: nothing became certain.
+
+  Args:
+    hidden: [batch, d] zeros of the model's dtype.
+    max_depth: largest depth of the trees (static).
+    num_probes: of a node (static).
+  """
+  batch, d = hidden.shape
+  none = jnp.zeros([batch, max_depth + 1], jnp.int32)
+  return Step(
+      tokens=none, num_tokens=none[:, 0], path=none,
+      states=jnp.zeros([batch, max_depth + 1, d], hidden.dtype), hidden=hidden,
+      is_finite=none[:, 0] == 0, num_verified=none[:, 0],
+      probes=jnp.zeros([batch, num_probes, d], hidden.dtype) if num_probes else None,
+  )
+
+
+def _record(lattice: Lattice, tree: Tree, step: Step, is_done: Array) -> Trace:
+  """A call's part of the trace; nothing of rows that were done."""
+  is_live = ~is_done[:, None]
+  # Beyond the last accepted node a path repeats it.
+  is_new = step.path[:, 1:] != step.path[:, :-1]
+  is_emitted = jnp.arange(is_new.shape[1]) < step.num_tokens[:, None]
+  is_exact = jnp.ones_like(is_done) if tree.is_exact is None else tree.is_exact
+  return Trace(
+      drafts=jnp.where(tree.is_valid & is_live, tree.tokens, -1),
+      parents=jnp.broadcast_to(tree.parents, tree.tokens.shape),
+      accepted=jnp.where(is_new & is_emitted, step.path[:, 1:], -1),
+      sources=_node_sources(lattice, tree),
+      num_emitted=step.num_tokens,
+      is_exact=is_exact,
+  )
+
+
+def _node_sources(lattice: Lattice, tree: Tree) -> Array:
+  """Which drafter each node is from, [batch, nodes] int32."""
+  if lattice.sources is None or not lattice.tokens.shape[1]:
+    return jnp.zeros(tree.tokens.shape, jnp.int32)
+  # Candidates of a step are distinct, so a node's depth and token name its candidate.
+  step = jnp.maximum(jnp.broadcast_to(tree.depth, tree.tokens.shape) - 1, 0)[..., None]
+  tokens, sources = (
+      jnp.take_along_axis(leaf, step, axis=1) for leaf in (lattice.tokens, lattice.sources)
+  )
+  return jnp.where(tokens == tree.tokens[..., None], sources, 0).sum(-1, dtype=jnp.int32)
 
 
 def _is_bad(is_finite: Array | None) -> Array | bool:

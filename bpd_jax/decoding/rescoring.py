@@ -16,7 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from bpd_jax.decoding.lattice import at_step
-from bpd_jax.decoding.types import Array, Lattice, PathScore, Prompt, Scorer, Step
+from bpd_jax.decoding.types import (
+    Array,
+    Context,
+    Lattice,
+    PathScore,
+    Prompt,
+    Scorer,
+    Step,
+)
 from bpd_jax.errors import InputError
 
 # A candidate that is none; finite, so that sums of it stay comparable.
@@ -85,15 +93,19 @@ class Rescorer:
     contexts = [scorer.context for scorer in self.scorers]
     return -1 if -1 in contexts else max(contexts, default=0)
 
-  def init(self, params: RescorerParams, prompt: Prompt) -> tuple[Any, ...]:
+  def init(
+      self, params: RescorerParams, prompt: Prompt, context: Context | None
+  ) -> tuple[Any, ...]:
     """The scorers' states before the first call."""
     pairs = zip(self.scorers, params.scorers, strict=True)
-    return tuple(scorer.init(own, prompt) for scorer, own in pairs)
+    return tuple(scorer.init(own, prompt, context) for scorer, own in pairs)
 
-  def start(self, params: RescorerParams, state: tuple[Any, ...], step: Step) -> tuple[Any, ...]:
-    """Tells the scorers what became certain."""
+  def start(
+      self, params: RescorerParams, state: tuple[Any, ...], step: Step, lattice: Lattice
+  ) -> tuple[Any, ...]:
+    """Tells the scorers what became certain, and what they are to judge."""
     each = zip(self.scorers, params.scorers, state, strict=True)
-    return tuple(scorer.start(own, before, step) for scorer, own, before in each)
+    return tuple(scorer.start(own, before, step, lattice) for scorer, own, before in each)
 
   def path_score(
       self, params: RescorerParams, state: tuple[Any, ...], lattice: Lattice

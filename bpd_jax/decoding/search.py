@@ -90,7 +90,7 @@ class SearchSettings:
     """The search over lattices of this depth."""
     nodes = self.nodes(depth)
     if self.name == "chain" or depth == 0:
-      return functools.partial(chain, num_nodes=nodes)
+      return chain
     if self.name == "best_first":
       return functools.partial(best_first, num_nodes=nodes)
     return functools.partial(
@@ -116,22 +116,21 @@ class Paths:
   is_finite: Array
 
 
-def chain(lattice: Lattice, root: Array, score: PathScore, *, num_nodes: int) -> Tree:
+def chain(lattice: Lattice, root: Array, score: PathScore) -> Tree:
   """The best candidate of each step, given those before it (Kim et al. 2024, Algorithm 2).
 
   Args:
     lattice: candidates.
     root: [batch] int32, the newest certain token.
     score: what candidates are worth.
-    num_nodes: verify width, root included (static), at most depth + 1.
 
   Returns:
-    A tree of `num_nodes` nodes in which node i is the child of node i - 1.
+    A tree of depth + 1 nodes in which node i is the child of node i - 1.
   """
-  num_drafted = num_nodes - 1
+  _, depth, k = lattice.tokens.shape
   is_finite = None
-  if lattice.tokens.shape[2] == 1 or num_drafted == 0:
-    drafted = lattice.tokens[:, :num_drafted, 0]
+  if k == 1 or depth == 0:
+    drafted = lattice.tokens[..., 0]
   else:
     parents = jnp.zeros([len(root), 1], jnp.int32)
 
@@ -148,19 +147,19 @@ def chain(lattice: Lattice, root: Array, score: PathScore, *, num_nodes: int) ->
 
     trails = score.begin(1)
     drafted, added = first = choose(score.addends(trails, 0), 0)
-    if num_drafted > 1:
-      _, others = jax.lax.scan(take, (trails, first[0]), jnp.arange(1, num_drafted))
+    if depth > 1:
+      _, others = jax.lax.scan(take, (trails, first[0]), jnp.arange(1, depth))
       drafted, added = (
           jnp.concatenate([x, more[..., 0].T], axis=1) for x, more in zip(first, others)
       )
     is_finite = ~jnp.isnan(added).any(-1)
-  step = np.arange(num_nodes, dtype=np.int32)
+  step = np.arange(depth + 1, dtype=np.int32)
   return Tree(
       tokens=jnp.concatenate([root[:, None], drafted], axis=1),
       depth=step,
       parents=step - 1,
       is_valid=step[None, :] <= lattice.num_steps[:, None],
-      max_depth=num_drafted,
+      max_depth=depth,
       is_finite=is_finite,
   )
 

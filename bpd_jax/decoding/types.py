@@ -32,12 +32,18 @@ class Lattice:
     num_steps: [batch] int32, how many steps of the row hold a draft, <= depth.
     is_finite: [batch] bool, whether what the draft comes from is numbers and not NaN or
       infinite; None where it always is.
+    states: [batch, depth, d], what each step was predicted from, for scorers that read
+      it; None where the drafter has none.
+    sources: [batch, depth, k] int32, which of several drafters a candidate is from; None
+      where there is one.
   """
 
   tokens: Array
   scores: Array
   num_steps: Array
   is_finite: Array | None = None
+  states: Array | None = None
+  sources: Array | None = None
 
 
 @struct.dataclass
@@ -138,18 +144,23 @@ class Step:
       model's choice after the last of them. Valid below `num_tokens`.
     num_tokens: [batch] int32; 0 before the first call and in finished rows.
     path: [batch, max_depth + 1] int32: nodes whose keys and values become part
-      of the prefix, root first. Valid below `num_tokens`.
+      of the prefix, root first. Valid below `num_tokens`; below the last accepted node
+      it repeats that.
+    states: [batch, max_depth + 1, d] hidden states along `path`.
     hidden: [batch, d] hidden state of the last accepted node.
     is_finite: [batch] bool; False where the base model had no choice after that node, so
       that there are the accepted tokens alone.
-    probes: [batch, k, d] probe states of that node, or None.
+    num_verified: [batch] int32, drafted nodes that the call verified.
+    probes: [batch, k, d] probe states of the last accepted node, or None.
   """
 
   tokens: Array
   num_tokens: Array
   path: Array
+  states: Array
   hidden: Array
   is_finite: Array
+  num_verified: Array
   probes: Array | None = None
 
   def newest(self, old: Array) -> Array:
@@ -160,19 +171,53 @@ class Step:
 
 
 @struct.dataclass
+class Params:
+  """What a drafter reads, traced.
+
+  Attributes:
+    base: the base model's parameters as decoding reads them.
+    own: the drafter's.
+  """
+
+  base: Any
+  own: Any = ()
+
+
+@struct.dataclass
 class Prompt:
-  """The inputs of a batch, as drafters and scorers may read them.
+  """The inputs of a batch, as drafters, scorers and policies may read them.
 
   Attributes:
     tokens: [batch, input length] int32, the encoder's input tokens.
     lengths: [batch] int32, how many of them count.
+    max_length: most tokens of an output (static).
+    keys: [batch] of jax.random keys, each row's own whatever the batch; None where nothing
+      is drawn.
     references: [batch, length] int32, a text that is known beforehand; None but
-      for the methods that show what is possible.
+      for what shows what is possible.
   """
 
   tokens: Array
   lengths: Array
+  max_length: int = struct.field(pytree_node=False)
+  keys: Array | None = None
   references: Array | None = None
+
+
+@struct.dataclass
+class Context:
+  """What the model made of the prompts before the first call.
+
+  Attributes:
+    encoded: [batch, input length, d], the encoder's states.
+    mask: [batch, input length] bool, which input tokens count.
+    cross: a pair a decoder layer, keys [batch, heads, d_kv, input length] and
+      values [batch, heads, input length, d_kv].
+  """
+
+  encoded: Array
+  mask: Array
+  cross: tuple[tuple[Array, Array], ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,46 +247,147 @@ Verify = Callable[[Cache, Tree], Verified]
 Search = Callable[[Lattice, Array, PathScore], Tree]
 
 
-class Drafter(Protocol):
+class Drafter:
   """Proposes candidates for the tokens after the root.
+
+  A drafter is hashable and equal by its values, as the compiled loop is kept by it: a
+  frozen dataclass without arrays and closures. What it learned is in `Params.own`.
 
   Attributes:
     depth: most tokens it drafts a call (static). 0 is plain greedy decoding.
+    num_candidates: k of its lattices (static).
+    num_probes: probes of a node, of `probes` (static).
+    reads_references: whether `Prompt.references` must be there (static).
   """
 
   depth: int
+  num_candidates: int = 1
+  num_probes: int = 0
+  reads_references: bool = False
 
-  def init(self, params: Any, prompt: Prompt) -> Any:
-    """Makes the state (any pytree, arrays batch first) from the inputs."""
+  def init(self, params: Params, prompt: Prompt, context: Context | None) -> Any:
+    """Makes the state (any pytree, arrays batch first) before the first call.
 
-  def propose(
-      self, params: Any, state: Any, step: Step, key: Array
-  ) -> tuple[Lattice, Any]:
-    """Drafts after `step`, the tokens certain since the last proposal.
+    The first `propose` comes before any `start`: nothing is certain then, and few have
+    anything to draft.
 
-    Before the first call `step.num_tokens` is 0 and `step.hidden` is zero.
+    Args:
+      params: see `Params`.
+      prompt: the inputs.
+      context: what the model made of them; None without a model.
     """
+    return ()
+
+  def start(self, params: Params, state: Any, step: Step, proposed: Lattice) -> Any:
+    """The state after a call; the only place where it changes.
+
+    Args:
+      params: see `Params`.
+      state: before it.
+      step: what the call made certain; `num_tokens` is 0 in finished rows.
+      proposed: the lattice that it verified of.
+    """
+    return state
+
+  def propose(self, params: Params, state: Any, noise: None, past: Cache) -> Lattice:
+    """Drafts after the root.
+
+    Args:
+      params: see `Params`.
+      state: of `init` or `start`.
+      noise: what perturbs the logits; None where the rows are decoded greedily.
+      past: the base model's cache, to read.
+    """
+    raise NotImplementedError
+
+  def probes(self, params: Params) -> Any:
+    """Columns that the decoder call carries for this drafter; None for none.
+
+    A `bpd_jax.model.probes.ProbeSpec`, of which the loop knows nothing: it hands the states
+    that came of the last accepted node on in `Step.probes`.
+    """
+    return None
 
 
-class Scorer(Protocol):
+class Policy:
+  """Says which rows draft, and which nodes are worth verifying. Changes no token.
+
+  Hashable and equal by its values, as a `Drafter` is.
+  """
+
+  def init(self, params: Any, prompt: Prompt, context: Context | None) -> Any:
+    """Makes the state (any pytree, arrays batch first) before the first call."""
+    return ()
+
+  def start(self, params: Any, state: Any, step: Step) -> Any:
+    """The state after a call."""
+    return state
+
+  def wants(self, params: Any, state: Any) -> Array:
+    """[batch] bool, which rows draft. Where none does, no draft is made."""
+    raise NotImplementedError
+
+  def cut(self, params: Any, state: Any, lattice: Lattice, tree: Tree) -> Tree:
+    """The tree with fewer valid nodes; a child of an invalid node must be invalid."""
+    return tree
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Drafting:
+  """A drafter, ready to draft.
+
+  Attributes:
+    drafter: what drafts.
+    params: what it learned, `Params.own`.
+  """
+
+  drafter: Drafter
+  params: Any = ()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Policing:
+  """A policy, ready to decide.
+
+  Attributes:
+    policy: what decides.
+    params: what it reads.
+  """
+
+  policy: Policy
+  params: Any = ()
+
+
+class Scorer:
   """Judges candidates by the tokens before them, whatever the drafter thinks.
 
   A search calls it step by step, in a loop that is compiled once: what the scorer has to
   know of the drafted tokens of each path is in its *trails*, a pytree of one shape
-  throughout a search.
+  throughout a search. Hashable and equal by its values, as a `Drafter` is.
 
   Attributes:
     context: how many of the newest drafted tokens a score depends on, besides all
       tokens that are certain; -1 for the whole draft (static).
+    reads_references: whether `Prompt.references` must be there (static).
   """
 
   context: int
+  reads_references: bool = False
 
-  def init(self, params: Any, prompt: Prompt) -> Any:
-    """Makes the state (any pytree, arrays batch first) from the inputs."""
+  def init(self, params: Any, prompt: Prompt, context: Context | None) -> Any:
+    """Makes the state (any pytree, arrays batch first) before the first call."""
+    return ()
 
-  def start(self, params: Any, state: Any, step: Step) -> Any:
-    """Takes in `step`, the tokens certain since the last call; the last is the root."""
+  def start(self, params: Any, state: Any, step: Step, lattice: Lattice) -> Any:
+    """The state before a search.
+
+    Args:
+      params: the scorer's.
+      state: before it.
+      step: the tokens certain since the last call; the last is the root.
+      lattice: what is to be judged.
+    """
+    return state
 
   def begin(self, params: Any, state: Any, num_paths: int, depth: int) -> Any:
     """Trails of paths without a drafted token.
@@ -252,6 +398,7 @@ class Scorer(Protocol):
       num_paths: how many paths (static).
       depth: most tokens that a path will have (static).
     """
+    return ()
 
   def extend(
       self, params: Any, state: Any, trails: Any, parents: Array, tokens: Array, i: Array | int
@@ -266,6 +413,7 @@ class Scorer(Protocol):
       tokens: [batch, paths] int32, candidates of step i.
       i: the step, the tokens that the old paths have; 0 for the token after the root.
     """
+    return trails
 
   def score(
       self, params: Any, state: Any, trails: Any, candidates: Array, i: Array | int
@@ -282,6 +430,7 @@ class Scorer(Protocol):
     Returns:
       [batch, paths or 1, k].
     """
+    raise NotImplementedError
 
   def bound(
       self, params: Any, state: Any, before: Array, candidates: Array, i: Array | int
@@ -299,6 +448,7 @@ class Scorer(Protocol):
       [batch, paths or 1, k or 1]; 0 is always right where `context` is above 1, where it
       is 0 or 1 the score is wanted.
     """
+    raise NotImplementedError
 
 
 class AcceptanceRule(Protocol):

@@ -7,6 +7,7 @@ prefixes, can't. `describe_repetition` and `efficiency_by_position` read any tra
 """
 
 from collections.abc import Sequence
+import dataclasses
 import functools
 from typing import Any
 
@@ -138,17 +139,41 @@ def drafts_everywhere(
 
   Returns:
     For each row a call for each number of certain tokens, from 1 to all but one of
-    them; `emitted` is all that greedy emits after them, so that `Call.accepted` is what
-    the draft is worth there.
+    them; `emitted` is all that greedy emits after them, and `accepted` the nodes that say
+    the same, what the draft is worth there.
   """
   found = replay(generator, recording, scoring=scoring, rule=NothingPasses(), **options)
   return [
       [
-          Call(call.draft, tokens[n:].tolist(), call.parents, call.is_exact)
+          dataclasses.replace(
+              call, emitted=tokens[n:].tolist(),
+              accepted=matching_nodes(call.draft, call.parents, tokens[n:]),
+          )
           for n, call in enumerate(trace) if n
       ]
       for tokens, trace in zip(found.tokens, found.traces, strict=True)
   ]
+
+
+def matching_nodes(
+    draft: Sequence[int], parents: Sequence[int], tokens: Sequence[int]
+) -> list[int]:
+  """The longest way from the root whose tokens are the first of `tokens`, as nodes.
+
+  Paths that aren't merged have several nodes for one prefix; the first of the longest wins.
+
+  Args:
+    draft: tokens of the nodes, a parent before its children.
+    parents: of each node; -1 for a child of the root.
+    tokens: what follows the root.
+  """
+  best, ways = [], {-1: []}
+  for node, (token, parent) in enumerate(zip(draft, parents, strict=True)):
+    way = ways.get(parent)
+    if way is not None and len(way) < len(tokens) and token == tokens[len(way)]:
+      ways[node] = [*way, node]
+      best = max(best, ways[node], key=len)
+  return best
 
 
 def first_path(root: int, call: Call) -> list[int]:

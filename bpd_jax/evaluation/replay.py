@@ -13,16 +13,26 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+from flax import struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 from rich.progress import track
 
-from bpd_jax.decoding import loop
 from bpd_jax.decoding import tree as trees
 from bpd_jax.decoding.accept import ExactMatch, NothingPasses
+from bpd_jax.decoding.loop import DecodeState, Loop
 from bpd_jax.decoding.rescoring import Scoring
-from bpd_jax.decoding.types import Cache, Prompt, Tree, Verified
+from bpd_jax.decoding.types import (
+    Cache,
+    Drafting,
+    Params,
+    Policing,
+    Prompt,
+    Tree,
+    Verified,
+    Verify,
+)
 from bpd_jax.errors import InputError
 from bpd_jax.generation import (
   check_finite,
@@ -33,7 +43,8 @@ from bpd_jax.generation import (
   read_row,
 )
 from bpd_jax.model.model import EncoderDecoder
-from bpd_jax.programs import DecodeSettings, make_drafter
+from bpd_jax.programs import DecodeParams, DecodeSettings, make_loop, row_keys
+from bpd_jax.reader import make_cache, prefill
 
 # Rows of a teacher-forced pass.
 RECORD_ROWS = 16
@@ -172,13 +183,49 @@ def _teacher_force(model, params, inputs, input_lengths, tokens):
   return hidden, best[..., 0] - best[..., 1]
 
 
-def recorded_verify(tokens: jax.Array, hidden: jax.Array, start_id: int):
+@struct.dataclass
+class RecordedRows:
+  """Rows of a recording, as a program takes them.
+
+  Attributes:
+    tokens: [batch, length] int32, greedy's.
+    hidden: [batch, length, d].
+    limits: [batch] int32, tokens of each row; 0 for rows that only pad.
+    prompt: the inputs, without keys.
+    numbers: [batch] int32, of the rows.
+  """
+
+  tokens: jax.Array
+  hidden: jax.Array
+  limits: jax.Array
+  prompt: Prompt
+  numbers: jax.Array
+
+
+def recorded_rows(recording: Recording, numbers: Sequence[int], num_live: int) -> RecordedRows:
+  """Some rows of a recording, of which the first `num_live` count."""
+  part = np.asarray(numbers)
+  tokens = recording.tokens[part]
+  prompt = Prompt(
+      recording.prompts[part], recording.prompt_lengths[part], tokens.shape[1],
+      references=tokens,
+  )
+  limits = np.where(np.arange(len(part)) < num_live, recording.lengths[part], 0)
+  return RecordedRows(
+      tokens, recording.hidden[part], limits.astype(np.int32), prompt, part.astype(np.int32)
+  )
+
+
+def recorded_verify(
+    tokens: jax.Array, hidden: jax.Array, start_id: int, probes: jax.Array | None = None
+) -> Verify:
   """`Verify` from a recording, for its rows.
 
   Args:
     tokens: [batch, length] int32, greedy's.
     hidden: [batch, length, d].
     start_id: the token at position 0.
+    probes: [batch, length, k, d], of greedy's prefixes; None without.
 
   Returns:
     A function of (cache, tree); of the cache it reads the lengths.
@@ -197,42 +244,64 @@ def recorded_verify(tokens: jax.Array, hidden: jax.Array, start_id: int):
         choice=jnp.where(is_on_path, jnp.take_along_axis(tokens, here, axis=1), -1),
         hidden=jnp.take_along_axis(hidden, here[..., None], axis=1),
         keys=(), values=(),
+        probes=None if probes is None else trees.gather_nodes(probes, here),
     )
 
   return verify
 
 
+def recorded_loop(
+    model: EncoderDecoder, settings: DecodeSettings, params: DecodeParams, rows: RecordedRows
+) -> tuple[Loop, DecodeState]:
+  """The loop over a recording, and its state before the first call; to be traced.
+
+  What a method doesn't read of the encoder isn't computed.
+  """
+  config, batch = model.config, rows.tokens.shape[0]
+  prompt = rows.prompt.replace(keys=row_keys(0, rows.numbers))
+  context = prefill(model, params.base, prompt.tokens, prompt.lengths)
+  start = jnp.full([batch], config.start_id, jnp.int32)
+  probes = settings.drafter.probes(Params(params.base, params.own))
+  states = None
+  if probes is not None:
+    # Of a node on greedy's path they follow from what is before it: one call has them all.
+    before = jnp.concatenate([start[:, None], rows.tokens[:, :-1]], axis=1)
+    length = before.shape[1]
+    cache = make_cache(model, batch, 1)
+    *_, states = model.apply(
+        {"params": params.base}, before, np.arange(length, dtype=np.int32)[None],
+        np.tri(length, dtype=bool)[None], tuple(zip(cache.keys, cache.values)), cache.lengths,
+        context.cross, context.mask, probes, method="decode_block",
+    )
+  verify = recorded_verify(rows.tokens, rows.hidden, config.start_id, states)
+  loop = make_loop(verify, settings, params, config.eos_id)
+  return loop, loop.start(
+      Cache((), (), jnp.zeros([batch], jnp.int32)), start, prompt, rows.limits, context,
+      hidden=jnp.zeros_like(rows.hidden[:, 0]), num_nodes=settings.num_nodes,
+  )
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _replay(model, settings: DecodeSettings, view, tokens, hidden, limits, prompt, params):
-  config, batch = model.config, tokens.shape[0]
-  drafter = make_drafter(model, settings)
-  state = loop.initial_state(
-      Cache((), (), jnp.zeros([batch], jnp.int32)),
-      loop.empty_step(jnp.zeros([batch, config.d_model], hidden.dtype), settings.depth),
-      drafter.init(None, prompt), settings.rescorer.init(params, prompt),
-      limits=limits, start_id=config.start_id, max_length=settings.max_length,
-      num_nodes=settings.num_nodes, key=jax.random.key(0),
-  )
-  return loop.decode(
-      recorded_verify(tokens, hidden, config.start_id), drafter, view, state,
-      search=settings.search.make(settings.depth), rescorer=settings.rescorer,
-      rescorer_params=params, rule=settings.rule, eos_id=config.eos_id,
-  )
+def _replay(model, settings, params, rows):
+  loop, state = recorded_loop(model, settings, params, rows)
+  return loop.decode(state)
 
 
 def replay(
-    generator: Generator, recording: Recording, *, batch_size: int = 16,
-    scoring: Sequence[Scoring] = (), **options: Any,
+    generator: Generator, recording: Recording, method: str | Drafting = "blockwise", *,
+    batch_size: int = 16, scoring: Sequence[Scoring] = (), policing: Policing | None = None,
+    **options: Any,
 ) -> Generation:
   """Decodes a recording's rows again, without the decoder.
 
   Args:
     generator: the recorded model.
     recording: of its greedy output.
+    method: as of `Generator.generate`.
     batch_size: rows together, of like lengths; the last batch is filled with dead rows.
-    scoring: as of `Generator.generate`.
-    **options: of `Generator.settings`: method, block_size, verify_width, top_k, search,
-      and an exact rule.
+    scoring: likewise.
+    policing: likewise.
+    **options: of `Generator.settings`: search, and an exact rule.
 
   Returns:
     Tokens, calls and traces as `Generator.generate` has them; no texts, no times.
@@ -240,40 +309,32 @@ def replay(
   Raises:
     InputError: as `Generator.generate` does; for an approximate rule.
   """
-  settings = generator.settings(
-      **{"method": "blockwise", "max_length": recording.tokens.shape[1]} | options,
-      scoring=scoring,
-  )
+  settings = generator.settings(method, scoring=scoring, policing=policing, **options)
   if not isinstance(settings.rule, ExactMatch | NothingPasses):
     raise InputError("rule", settings.rule, "exact acceptance, all that a recording can judge")
-  params = generator.rescorer_params(scoring, settings.depth)
+  params = generator.decode_params(method, scoring, policing)
   done: dict[int, tuple] = {}
   rows = len(recording)
   # A batch takes as many calls as its longest row.
   order = np.argsort(recording.lengths, kind="stable")
   for first in range(0, rows, batch_size):
     places = np.arange(first, first + batch_size)
-    is_row = places < rows
+    num_live = int((places < rows).sum())
     part = order[np.minimum(places, rows - 1)]
-    prompt = Prompt(
-        recording.prompts[part], recording.prompt_lengths[part], recording.tokens[part]
-    )
     state = fetch_state(_replay(
-        generator.model, settings, generator.view, recording.tokens[part],
-        recording.hidden[part], np.where(is_row, recording.lengths[part], 0), prompt, params,
+        generator.model, settings, params, recorded_rows(recording, part, num_live)
     ))
     check_finite(generator.config, state, part)
-    for slot in range(int(is_row.sum())):
+    for slot in range(num_live):
       done[part[slot]] = read_row(state, slot)
   tokens, calls, traces = (list(column) for column in zip(*(done[i] for i in range(rows))))
   return Generation(tokens, calls, traces, None, [], [])
 
 
 def count_calls(
-    generator: Generator, recording: Recording, **options: Any
+    generator: Generator, recording: Recording, method: str | Drafting = "blockwise",
+    **options: Any,
 ) -> tuple[np.ndarray, np.ndarray]:
   """Tokens and calls of each row, [rows] each: all that a sweep needs."""
-  found = replay(generator, recording, **options)
+  found = replay(generator, recording, method, **options)
   return np.array([len(row) for row in found.tokens]), np.array(found.calls)
-
-

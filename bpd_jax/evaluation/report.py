@@ -15,22 +15,23 @@ import numpy as np
 from bpd_jax.decoding.rescoring import Scoring
 from bpd_jax.decoding.scorers.neural import NeuralScorer
 from bpd_jax.evaluation.analysis import (
-    closed_distance,
-    compare_drafts,
-    describe_repetition,
-    drafts_everywhere,
-    efficiency_by_position,
-    head_statistics,
-    RECALLS,
-    rising_heads,
+  closed_distance,
+  compare_drafts,
+  describe_repetition,
+  drafts_everywhere,
+  efficiency_by_position,
+  head_statistics,
+  RECALLS,
+  rising_heads,
 )
 from bpd_jax.evaluation.cost import token_cost
+from bpd_jax.evaluation.drafting import Draft
 from bpd_jax.evaluation.quality import is_looping
 from bpd_jax.evaluation.replay import Recording, replay
 from bpd_jax.evaluation.run import Method
 from bpd_jax.evaluation.scoring import is_oracle
 from bpd_jax.evaluation.watch import watch
-from bpd_jax.generation import Call, Generation, Generator
+from bpd_jax.generation import Generation, Generator
 from bpd_jax.vocabulary import Vocabulary
 
 # Candidates of a step that a decode shows, besides the one that was chosen.
@@ -62,12 +63,14 @@ def analyse_task(
     that saves no call), and the same of rows that don't loop, `closed_distance_loop_free`;
     `decodes`, each `method`, `row` and `calls`.
   """
-  methods = [method for method in methods if method.method == "blockwise"]
+  methods = [method for method in methods if isinstance(method.draft, Draft)]
   heads = head_statistics(generator, recording)
   heads["rising_heads"] = rising_heads(heads["entropy"])
-  plain = next((x for x in methods if x.top_k == 1 and not x.scorers), None)
+  plain = next((x for x in methods if x.draft.top_k == 1 and not x.scorers), None)
   oracles = [x for x in methods if is_oracle(x.scorers)]
-  options = {x.name: {**x.options, "scoring": scoring[x.name]} for x in methods}
+  options = {
+      x.name: {**x.options(generator), "scoring": scoring[x.name]} for x in methods
+  }
   drafts_before = None
   if plain is not None:
     drafts_before = drafts_everywhere(generator, recording, **options[plain.name])
@@ -89,7 +92,7 @@ def analyse_task(
       entry["against_plain"] = compare_drafts(recording, drafts_before, after)
     found[method.name], calls[method.name] = entry, np.array(decoded.calls)
   if plain is not None and oracles:
-    best = max(oracles, key=lambda x: x.top_k)
+    best = max(oracles, key=lambda x: x.draft.top_k)
     is_free = np.array([
         not is_looping(tokens[:length].tolist())
         for tokens, length in zip(recording.tokens, recording.lengths)
@@ -120,9 +123,9 @@ def _cost(
     decoded: Generation,
 ) -> dict[str, float]:
   """`Cost` of a token at batch 1, with an input and a prefix of mean length."""
-  settings = generator.settings(**method.options)
+  settings = generator.settings(**method.options(generator))
   cost = token_cost(
-      generator.config, settings.num_nodes, settings.depth, decoded.block_efficiency,
+      generator.config, settings.num_nodes, settings.drafter.depth, decoded.block_efficiency,
       output_length=int(recording.lengths.mean() // 2),
       input_length=int(recording.prompt_lengths.mean()),
       scorers=[
@@ -333,7 +336,7 @@ def _decode(decode: Mapping[str, Any], vocabulary: Vocabulary) -> str:
   title = f"row {decode['row'] + 1} decoded with {_text(decode['method'])}: {len(calls)} calls"
   legend = (
       "<p>Each column is a step of the lattice, its best candidates from above; the chosen one "
-      "is framed, green where it was accepted and red where not. Under each stand the head's "
+      "is framed, green where it was accepted and red where not. Under each stand the drafter's "
       "log-probability and what each scorer adds"
       + (f" ({_text(', '.join(decode['scorers']))})" if decode["scorers"] else "")
       + ". Blue is the base model's own token.</p>"
@@ -343,8 +346,7 @@ def _decode(decode: Mapping[str, Any], vocabulary: Vocabulary) -> str:
 
 def _call(number: int, watched: Mapping[str, Any], vocabulary: Vocabulary) -> str:
   call = watched["call"]
-  num_accepted = Call(call["draft"], call["emitted"], call["parents"]).num_accepted
-  accepted = call["emitted"][:num_accepted]
+  accepted = call["emitted"][: len(call["accepted"])]
   free = call["emitted"][len(accepted) :]
   piece = lambda token: _text(vocabulary.piece(token)).replace("\n", "⏎")
   columns, on_path = [], True
@@ -364,7 +366,7 @@ def _call(number: int, watched: Mapping[str, Any], vocabulary: Vocabulary) -> st
       added = "".join(f" {part[c]:+.1f}" for part in step["scorers"])
       cells.append(
           f"<div class='{kind}'>{piece(step['tokens'][c])}"
-          f"<small>{step['heads'][c]:.1f}{added}</small></div>"
+          f"<small>{step['scores'][c]:.1f}{added}</small></div>"
       )
     columns.append(f"<div class='step'>{''.join(cells)}</div>")
   emitted = "".join(f"<span class='ok'>{piece(token)}</span>" for token in accepted)

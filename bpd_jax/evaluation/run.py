@@ -7,7 +7,6 @@ after one untimed pass that compiles.
 
 from collections.abc import Mapping, Sequence
 import dataclasses
-import sys
 from typing import Any
 
 import numpy as np
@@ -18,16 +17,20 @@ from bpd_jax.decoding.search import SearchSettings
 from bpd_jax.decoding.types import Drafter
 from bpd_jax.errors import InputError
 from bpd_jax.evaluation.bootstrap import ratio_interval
+from bpd_jax.evaluation.drafting import (
+  describe_draft,
+  Draft,
+  draft_identity,
+  DraftSource,
+)
 from bpd_jax.evaluation.exactness import check_differences, Difference, find_differences
 from bpd_jax.evaluation.quality import is_looping
 from bpd_jax.evaluation.scoring import (
-    describe_source,
-    is_oracle,
-    load_scoring,
-    Source,
-    source_identity,
+  describe_source,
+  load_scoring,
+  Source,
+  source_identity,
 )
-from bpd_jax.folders import contents_fingerprint
 from bpd_jax.generation import Generation, Generator
 
 
@@ -37,11 +40,8 @@ class Method:
 
   Attributes:
     name: in results; one of its own among the methods.
-    method: of `Generator.generate`, or a drafter; "reference" drafts greedy's own output,
-      the ceiling of every drafter.
-    block_size: h; the model's by default.
-    verify_width: tokens a call verifies along a path; the block size by default.
-    top_k: candidates that each head offers.
+    draft: what drafts: a source, the model's own heads by default; a drafter that learned
+      nothing; or a name that `Generator.generate` knows.
     search: "chain", "p_best", "beam", "batched" or "best_first"; see
       `bpd_jax.decoding.search.SearchSettings`, also for what follows.
     num_paths: p of a search for paths.
@@ -51,10 +51,7 @@ class Method:
   """
 
   name: str
-  method: str | Drafter = "blockwise"
-  block_size: int | None = None
-  verify_width: int | None = None
-  top_k: int = 1
+  draft: str | Drafter | DraftSource = Draft()
   search: str = "chain"
   num_paths: int = 1
   num_nodes: int | None = None
@@ -64,37 +61,23 @@ class Method:
   def __post_init__(self):
     object.__setattr__(self, "scorers", tuple(self.scorers))
 
-  @property
-  def options(self) -> dict[str, Any]:
-    """Of `Generator.settings`, `Generator.generate` and `replay`, but for the scorers."""
+  def options(self, generator: Generator) -> dict[str, Any]:
+    """Of `Generator.generate` and `replay`, but for the scorers."""
     return {
-        "method": self.method, "block_size": self.block_size,
-        "verify_width": self.verify_width, "top_k": self.top_k,
+        "method": self.draft.make(generator) if hasattr(self.draft, "make") else self.draft,
         "search": SearchSettings(
             self.search, self.num_paths, self.num_nodes, self.beam_width
         ),
     }
 
-  @property
-  def wants_references(self) -> bool:
-    """Whether it reads greedy's output."""
-    return self.method == "reference" or is_oracle(self.scorers)
-
 
 def method_identity(method: Method) -> dict[str, Any]:
-  """All that a method's results depend on: its fields, the contents of its scorers' files,
-  and of the module of a drafter of one's own."""
+  """All that a method's results depend on, with the contents of files in place of paths."""
   fields = {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}
-  if not isinstance(method.method, str):
-    module = sys.modules[type(method.method).__module__]
-    # A drafter that was typed into an interpreter has no file.
-    source = getattr(module, "__file__", None)
-    kind = type(method.method)
-    # The default says where in memory an object lies, which is another place every time.
-    has_own = kind.__repr__ is not object.__repr__
-    fields["method"] = repr(method.method) if has_own else f"{kind.__module__}.{kind.__qualname__}"
-    fields["module"] = None if source is None else contents_fingerprint(source)
-  return fields | {"scorers": [source_identity(source) for source in method.scorers]}
+  return fields | {
+      "draft": draft_identity(method.draft),
+      "scorers": [source_identity(source) for source in method.scorers],
+  }
 
 
 GREEDY = Method("greedy", "greedy")
@@ -159,15 +142,14 @@ def measure_methods(
   given = scoring or {}
   scoring = {
       method.name: given[method.name] if method.name in given
-      else load_scoring(method.scorers, generator, max_decode_length)
+      else load_scoring(method.scorers, generator)
       for method in methods
   }
-  settings = {
-      method.name: generator.settings(
-          max_length=max_decode_length, scoring=scoring[method.name], **method.options
-      )
+  options = {
+      method.name: {**method.options(generator), "scoring": scoring[method.name]}
       for method in methods
   }
+  settings = {name: generator.settings(**own) for name, own in options.items()}
   generator.partitioning.check_batch(batch_size)
   rows = generator.encode_prompts(prompts)
   bar = None
@@ -175,10 +157,10 @@ def measure_methods(
     bar = progress.add_task(label, total=len(methods) * (1 + repeats))
 
   def decode(method: Method, greedy: Generation | None) -> Generation:
+    reads_references = settings[method.name].reads_references
     generation = generator.generate(
-        rows, references=greedy.tokens if method.wants_references else None,
-        max_length=max_decode_length, batch_size=batch_size, scoring=scoring[method.name],
-        **method.options,
+        rows, references=greedy.tokens if reads_references else None,
+        max_length=max_decode_length, batch_size=batch_size, **options[method.name],
     )
     if progress is not None:
       progress.advance(bar)
@@ -203,8 +185,8 @@ def measure_methods(
     elapsed = np.array(seconds[method.name])
     measured[method.name] = Measurement(
         results={
-            "block_size": settings[method.name].block_size,
-            "verify_width": settings[method.name].verify_width,
+            "block_size": settings[method.name].drafter.depth + 1,
+            "draft": describe_draft(method.draft),
             "nodes": settings[method.name].num_nodes,
             **describe_method(method, scoring[method.name]),
             **results,
@@ -225,10 +207,11 @@ def measure_methods(
 
 def describe_method(method: Method, scoring: Sequence[Scoring]) -> dict[str, Any]:
   """How the lattice is scored and searched; nothing where it is one draft as it is."""
-  if method.top_k == 1 and not method.scorers:
+  top_k = getattr(method.draft, "top_k", 1)
+  if top_k == 1 and not method.scorers:
     return {}
   return {
-      "top_k": method.top_k,
+      "top_k": top_k,
       "search": method.search,
       "num_paths": method.num_paths,
       "scorers": [

@@ -19,7 +19,6 @@ from bpd_jax.folders import contents_fingerprint
 from bpd_jax.generation import Generator, load
 from bpd_jax.ngram_lm.arpa import info_path, read_arpa
 from bpd_jax.partitioning import Partitioning
-from bpd_jax.small_model import neural_scoring
 
 Weight = float | tuple[float, ...]
 
@@ -40,7 +39,7 @@ class NgramSource:
   weight: Weight = 1.0
   entropy_power: float = 0.0
 
-  def make(self, generator: Generator, max_length: int) -> Scoring:
+  def make(self, generator: Generator) -> Scoring:
     config = generator.config
     params = _read_ngrams(
         self.arpa, config.vocab_size, generator.vocabulary_fingerprint, config.start_id,
@@ -70,7 +69,7 @@ class NeuralSource:
   weight: Weight = 1.0
   entropy_power: float = 0.0
 
-  def make(self, generator: Generator, max_length: int) -> Scoring:
+  def make(self, generator: Generator) -> Scoring:
     small = _load_model(
         self.checkpoint, generator.config.dtype, generator.partitioning.replicated()
     )
@@ -81,9 +80,8 @@ class NeuralSource:
           "NeuralSource.checkpoint", f"{self.checkpoint} of vocabulary {found}",
           f"one of the model's vocabulary, {wanted}",
       )
-    return neural_scoring(
-        small, self.weight, max_length=max_length, sees_input=self.sees_input,
-        entropy_power=self.entropy_power,
+    return small.scoring(
+        self.weight, sees_input=self.sees_input, entropy_power=self.entropy_power
     )
 
 
@@ -105,9 +103,9 @@ class CacheSource:
   weight: Weight = 1.0
   entropy_power: float = 0.0
 
-  def make(self, generator: Generator, max_length: int) -> Scoring:
+  def make(self, generator: Generator) -> Scoring:
     scorer = CacheNgramScorer(
-        max_length, generator.config.vocab_size, self.order, self.smoothing, self.sees_input
+        generator.config.vocab_size, self.order, self.smoothing, self.sees_input
     )
     return Scoring(scorer, (), self.weight, self.entropy_power)
 
@@ -122,7 +120,7 @@ class NoRepeatSource:
 
   weight: Weight = 100.0
 
-  def make(self, generator: Generator, max_length: int) -> Scoring:
+  def make(self, generator: Generator) -> Scoring:
     return Scoring(NoRepeatScorer(), (), self.weight)
 
 
@@ -130,7 +128,7 @@ class NoRepeatSource:
 class OracleSource:
   """Knows greedy's output: what the best re-scoring of a lattice could do in a call."""
 
-  def make(self, generator: Generator, max_length: int) -> Scoring:
+  def make(self, generator: Generator) -> Scoring:
     return Scoring(ReferenceScorer(), (), 1.0)
 
 
@@ -152,19 +150,18 @@ def source_identity(source: Source) -> dict[str, Any]:
 
 
 def load_scoring(
-    sources: Sequence[Source], generator: Generator, max_length: int
+    sources: Sequence[Source], generator: Generator
 ) -> tuple[Scoring, ...]:
   """Loads every source for a model.
 
   Args:
     sources: what to load.
     generator: the model whose drafts are scored.
-    max_length: most tokens of an output.
 
   Raises:
     InputError: for a file that can't be read or is of another vocabulary.
   """
-  return tuple(source.make(generator, max_length) for source in sources)
+  return tuple(source.make(generator) for source in sources)
 
 
 def is_oracle(sources: Sequence[Source]) -> bool:

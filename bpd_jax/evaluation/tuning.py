@@ -191,15 +191,14 @@ def tune(
     The scorers with their weights, and the block efficiency on the recording.
   """
   scoring = list(scoring)
-  depth = generator.settings(
-      max_length=recording.tokens.shape[1], scoring=scoring, **method.options
-  ).depth
+  options = method.options(generator)
+  depth = generator.settings(scoring=scoring, **options).drafter.depth
   tried: dict[tuple, float] = {}
 
   def efficiency(scoring: Sequence[Scoring]) -> float:
     key = tuple((part.weight, part.entropy_power) for part in scoring)
     if key not in tried:
-      tokens, calls = count_calls(generator, recording, scoring=scoring, **method.options)
+      tokens, calls = count_calls(generator, recording, scoring=scoring, **options)
       tried[key] = float(tokens.sum() / calls.sum())
     return tried[key]
 

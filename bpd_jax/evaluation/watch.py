@@ -1,8 +1,8 @@
 """A decoding as a person would watch it: every call's lattice, choice, and outcome.
 
-Reads the trace of a decoding and looks up again what the heads and the scorers said at
-each call: the candidates of each step, what each scorer added along the path that was
-chosen, and which nodes were accepted.
+Replays a row call by call, and looks up what the scorers said at each: the candidates of
+each step, what each scorer added along the path that was chosen, and which nodes were
+accepted.
 """
 
 from collections.abc import Sequence
@@ -14,13 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bpd_jax.decoding.lattice import top_k_lattice
-from bpd_jax.decoding.loop import empty_step
 from bpd_jax.decoding.rescoring import RescorerParams, Scoring
-from bpd_jax.decoding.types import Prompt
+from bpd_jax.decoding.types import Drafting, Policing
 from bpd_jax.evaluation.analysis import first_path
-from bpd_jax.evaluation.replay import Recording, replay
-from bpd_jax.generation import Call, Generator
+from bpd_jax.evaluation.replay import recorded_loop, recorded_rows, Recording
+from bpd_jax.generation import Call, check_finite, fetch_state, Generator, read_row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,14 +26,14 @@ class WatchedStep:
   """One step of a lattice, given the chosen path before it.
 
   Attributes:
-    tokens: candidates, best of the head first.
-    heads: log-probabilities of the head.
+    tokens: candidates, the drafter's best first.
+    scores: the drafter's log-probabilities.
     scorers: for each scorer, what it adds to each candidate, weight included.
     chosen: index of the first path's candidate; None where the path ends before.
   """
 
   tokens: list[int]
-  heads: list[float]
+  scores: list[float]
   scorers: list[list[float]]
   chosen: int | None
 
@@ -46,7 +44,7 @@ class WatchedCall:
 
   Attributes:
     root: the newest certain token.
-    steps: of the lattice; empty in the first call.
+    steps: of the lattice; empty where nothing was drafted.
     call: the tree and what came of it.
   """
 
@@ -56,8 +54,8 @@ class WatchedCall:
 
 
 def watch(
-    generator: Generator, recording: Recording, row: int, *,
-    scoring: Sequence[Scoring] = (), **options: Any,
+    generator: Generator, recording: Recording, row: int, method: str | Drafting = "blockwise",
+    *, scoring: Sequence[Scoring] = (), policing: Policing | None = None, **options: Any,
 ) -> list[WatchedCall]:
   """Replays a row and looks closely.
 
@@ -65,74 +63,77 @@ def watch(
     generator: the recorded model.
     recording: of its greedy output.
     row: of the recording.
-    scoring: as of `Generator.generate`.
+    method: as of `Generator.generate`.
+    scoring: likewise.
+    policing: likewise.
     **options: as of `replay`.
   """
-  one = recording.rows([row])
-  decoded = replay(generator, one, scoring=scoring, batch_size=1, **options)
-  settings = generator.settings(
-      **{"method": "blockwise", "max_length": one.tokens.shape[1]} | options, scoring=scoring
+  settings = generator.settings(method, scoring=scoring, policing=policing, **options)
+  params = generator.decode_params(method, scoring, policing)
+  rows = recorded_rows(recording, [row], 1)
+  # Whichever row it is, the programs are those of any.
+  begin, call = (
+      functools.partial(program, generator.model, settings, params, rows)
+      for program in (_begin, _call)
   )
-  params = generator.rescorer_params(scoring, settings.depth)
-  prompt = Prompt(one.prompts, one.prompt_lengths, one.tokens)
-  state = _start(settings, params, prompt)
-  tokens, watched, done = decoded.tokens[0], [], 0
-  for call in decoded.traces[0]:
-    root = int(tokens[done - 1]) if done else generator.config.start_id
-    steps = []
-    if done and settings.depth:
-      path = first_path(root, call)[1:]
-      padded = (path + [0] * settings.depth)[: settings.depth]
-      found = jax.device_get(_look(
-          generator.model, settings, generator.view, one.hidden[:, done - 1], params, state,
-          np.array([padded], np.int32),
-      ))
-      for i in range(settings.depth):
-        candidates = found["tokens"][0, i].tolist()
-        is_there = i < len(path) and path[i] in candidates
-        steps.append(WatchedStep(
-            candidates, found["heads"][0, i].tolist(),
-            [part[0, i].tolist() for part in found["scorers"]],
-            candidates.index(path[i]) if is_there else None,
-        ))
-    watched.append(WatchedCall(root, steps, call))
-    block = np.zeros([1, settings.depth + 1], np.int32)
-    block[0, : len(call.emitted)] = call.emitted
-    state = _advance(settings, params, state, block, np.array([len(call.emitted)], np.int32))
-    done += len(call.emitted)
-  return watched
+  state, seen, roots = begin(), [], []
+  while not state.is_done.all():
+    roots.append(int(state.root[0]))
+    state, called = call(state)
+    seen.append(called)
+  found = fetch_state(state)
+  check_finite(generator.config, found, [row])
+  _, _, trace = read_row(found, 0)
+  return [
+      WatchedCall(root, _steps(settings, params, called, root, call), call)
+      for root, called, call in zip(roots, seen, trace, strict=True)
+  ]
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _start(settings, params, prompt):
-  return settings.rescorer.init(params, prompt)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _advance(settings, params, state, block, num_tokens):
-  step = empty_step(jnp.zeros([1, 1]), settings.depth)
-  return settings.rescorer.start(
-      params, state, step.replace(tokens=block, num_tokens=num_tokens)
-  )
+def _steps(settings, params, called, root: int, call: Call) -> list[WatchedStep]:
+  """The steps of a call's lattice that hold a draft."""
+  lattice = jax.device_get(called.lattice)
+  path, depth = first_path(root, call)[1:], settings.drafter.depth
+  padded = (path + [0] * depth)[:depth]
+  added = jax.device_get(_added(settings, params.rescorer, called, np.array([padded], np.int32)))
+  steps = []
+  for i in range(int(lattice.num_steps[0])):
+    candidates = lattice.tokens[0, i].tolist()
+    is_there = i < len(path) and path[i] in candidates
+    steps.append(WatchedStep(
+        candidates, lattice.scores[0, i].tolist(), [part[0, i].tolist() for part in added],
+        candidates.index(path[i]) if is_there else None,
+    ))
+  return steps
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _look(model, settings, view, hidden, params, state, path):
-  """The lattice, and what each scorer adds after the chosen path, weight included."""
-  depth = settings.depth
-  logits = model.apply({"params": view}, hidden, depth, method="head_logits")
-  lattice = top_k_lattice(logits, settings.top_k, jnp.full([1], depth))
-  rescorer, parts = settings.rescorer, []
+def _begin(model, settings, params, rows):
+  _, state = recorded_loop(model, settings, params, rows)
+  return state
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _call(model, settings, params, rows, state):
+  loop, _ = recorded_loop(model, settings, params, rows)
+  return loop.call(state)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _added(settings, params, called, path):
+  """What each scorer adds after the chosen path, weight included: [1, depth, k] each."""
+  lattice, rescorer, parts = called.lattice, settings.rescorer, []
   for number in range(len(rescorer.scorers)):
-    # A scorer by itself: its share is what is left when the heads' is taken away.
+    # A scorer by itself: its share is what is left when the drafter's is taken away.
     alone = dataclasses.replace(rescorer, scorers=rescorer.scorers[number : number + 1])
     weights = jax.tree.map(lambda x, n=number: x[n : n + 1], params.weights)
     own = RescorerParams(weights, params.scorers[number : number + 1])
-    score = alone.path_score(own, state[number : number + 1], lattice)
+    score = alone.path_score(own, called.rescorer[number : number + 1], lattice)
     trails, added = score.begin(1), []
+    depth = settings.drafter.depth
     for i in range(depth):
       added.append(score.addends(trails, i)[:, 0] - lattice.scores[:, i])
       if i + 1 < depth:
         trails = score.extend(trails, jnp.zeros_like(path[:, :1]), path[:, i : i + 1], i)
     parts.append(jnp.stack(added, axis=1))
-  return {"tokens": lattice.tokens, "heads": lattice.scores, "scorers": parts}
+  return parts

@@ -116,7 +116,7 @@ def tables(
     mean = float(np.mean([entry["block_efficiency"] for entry in entries]))
     scorers = [load_config(part["checkpoint"]) for part in entries[0].get("scorers", [])
                if part["scorer"] == "Neural"]
-    heads, nodes = entries[0]["verify_width"] - 1, entries[0]["nodes"]
+    heads, nodes = entries[0]["block_size"] - 1, entries[0]["nodes"]
     search = SearchSettings(
         entries[0].get("search", "chain"), entries[0].get("num_paths", 1), nodes
     )

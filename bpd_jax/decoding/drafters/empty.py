@@ -4,23 +4,19 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from bpd_jax.decoding.types import Array, Lattice, Prompt, Step
+from bpd_jax.decoding.types import Cache, Drafter, Lattice, Params
 
 
 @dataclasses.dataclass(frozen=True)
-class EmptyDrafter:
+class EmptyDrafter(Drafter):
   """Never drafts a token."""
 
   depth = 0
 
-  def init(self, params, prompt: Prompt) -> tuple[()]:
-    return ()
-
-  def propose(self, params, state, step: Step, key: Array) -> tuple[Lattice, tuple[()]]:
-    batch = step.num_tokens.shape[0]
-    lattice = Lattice(
+  def propose(self, params: Params, state, noise, past: Cache) -> Lattice:
+    batch = past.lengths.shape[0]
+    return Lattice(
         tokens=jnp.zeros([batch, 0, 1], jnp.int32),
         scores=jnp.zeros([batch, 0, 1]),
         num_steps=jnp.zeros([batch], jnp.int32),
     )
-    return lattice, ()

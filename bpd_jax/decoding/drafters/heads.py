@@ -5,36 +5,67 @@ head i = 2 … h on the hidden state of the last accepted node. Head 1 is the ba
 model: its choice there is the root, certain already.
 """
 
-from collections.abc import Callable
 import dataclasses
-from typing import Any
+from typing import Any, Protocol
 
+from flax import struct
 import jax.numpy as jnp
 
 from bpd_jax.decoding.lattice import top_k_lattice
-from bpd_jax.decoding.types import Array, Lattice, Prompt, Step
+from bpd_jax.decoding.types import Array, Cache, Context, Drafter, Lattice, Params, Prompt, Step
+
+
+class Predictor(Protocol):
+  """What the drafter calls; hashable, as it is fixed when a loop is compiled."""
+
+  def empty_hidden(self, batch: int) -> Array:
+    """[batch, d] zeros of the model's dtype."""
+
+  def head_states(self, params: Params, hidden: Array, num_heads: int) -> Array:
+    """States of so many heads after the first, [batch, d] -> [batch, num_heads, d]."""
+
+  def logits(self, base: Any, hidden: Array) -> Array:
+    """The base model's output projection, [..., d] -> [..., vocab]."""
+
+
+@struct.dataclass
+class HeadsState:
+  """What the heads read.
+
+  Attributes:
+    hidden: [batch, d] state of the last accepted node.
+    is_there: [batch] bool; before the first call there is no state to draft from.
+  """
+
+  hidden: Array
+  is_there: Array
 
 
 @dataclasses.dataclass(frozen=True)
-class HeadsDrafter:
+class HeadsDrafter(Drafter):
   """One step of the lattice for each head after the first.
 
   Attributes:
     depth: heads that draft, h - 1 or fewer.
-    read_logits: (params, step, depth) -> [batch, depth, vocab], the logits of
-      the heads from `step.hidden` or `step.probes`.
-    top_k: candidates a step.
+    model: its calls.
+    num_candidates: of a head.
   """
 
   depth: int
-  read_logits: Callable[[Any, Step, int], Array]
-  top_k: int = 1
+  model: Predictor
+  num_candidates: int = 1
 
-  def init(self, params, prompt: Prompt) -> tuple[()]:
-    return ()
+  def init(self, params: Params, prompt: Prompt, context: Context | None) -> HeadsState:
+    batch = prompt.lengths.shape[0]
+    return HeadsState(self.model.empty_hidden(batch), jnp.zeros([batch], bool))
 
-  def propose(self, params, state, step: Step, key: Array) -> tuple[Lattice, tuple[()]]:
-    logits = self.read_logits(params, step, self.depth)
-    # Before the first call there is no state to draft from.
-    num_steps = jnp.where(step.num_tokens > 0, self.depth, 0)
-    return top_k_lattice(logits, self.top_k, num_steps), ()
+  def start(self, params: Params, state: HeadsState, step: Step, proposed) -> HeadsState:
+    return HeadsState(step.hidden, step.num_tokens > 0)
+
+  def propose(self, params: Params, state: HeadsState, noise, past: Cache) -> Lattice:
+    states = self.model.head_states(params, state.hidden, self.depth)
+    num_steps = jnp.where(state.is_there, self.depth, 0)
+    lattice = top_k_lattice(
+        self.model.logits(params.base, states), self.num_candidates, num_steps
+    )
+    return lattice.replace(states=states)

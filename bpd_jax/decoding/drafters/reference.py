@@ -10,7 +10,16 @@ import dataclasses
 from flax import struct
 import jax.numpy as jnp
 
-from bpd_jax.decoding.types import Array, Lattice, Prompt, Step
+from bpd_jax.decoding.types import (
+    Array,
+    Cache,
+    Context,
+    Drafter,
+    Lattice,
+    Params,
+    Prompt,
+    Step,
+)
 
 
 @struct.dataclass
@@ -26,8 +35,13 @@ class ReferenceState:
   num_tokens: Array
 
 
+def begin_reference(prompt: Prompt) -> ReferenceState:
+  """None of `prompt.references` is certain yet."""
+  return ReferenceState(prompt.references, jnp.zeros_like(prompt.lengths))
+
+
 @dataclasses.dataclass(frozen=True)
-class ReferenceDrafter:
+class ReferenceDrafter(Drafter):
   """Drafts the tokens of the reference after those that are certain.
 
   Attributes:
@@ -36,27 +50,23 @@ class ReferenceDrafter:
 
   depth: int
 
-  def init(self, params, prompt: Prompt) -> ReferenceState:
-    """Takes `prompt.references`, [batch, length] int32."""
-    return ReferenceState(
-        tokens=prompt.references, num_tokens=jnp.zeros([prompt.references.shape[0]], jnp.int32)
-    )
+  reads_references = True
 
-  def propose(
-      self, params, state: ReferenceState, step: Step, key: Array
-  ) -> tuple[Lattice, ReferenceState]:
-    num_tokens = state.num_tokens + step.num_tokens
+  def init(self, params: Params, prompt: Prompt, context: Context | None) -> ReferenceState:
+    return begin_reference(prompt)
+
+  def start(self, params: Params, state: ReferenceState, step: Step, proposed) -> ReferenceState:
+    return state.replace(num_tokens=state.num_tokens + step.num_tokens)
+
+  def propose(self, params: Params, state: ReferenceState, noise, past: Cache) -> Lattice:
     length = state.tokens.shape[1]
-    position = num_tokens[:, None] + jnp.arange(self.depth)
+    position = state.num_tokens[:, None] + jnp.arange(self.depth)
     tokens = jnp.take_along_axis(
         state.tokens, jnp.minimum(position, length - 1), axis=1
     )
     num_steps = jnp.where(
-        step.num_tokens > 0, jnp.clip(length - num_tokens, 0, self.depth), 0
+        state.num_tokens > 0, jnp.clip(length - state.num_tokens, 0, self.depth), 0
     )
-    lattice = Lattice(
-        tokens=tokens[..., None],
-        scores=jnp.zeros(tokens.shape + (1,)),
-        num_steps=num_steps,
+    return Lattice(
+        tokens=tokens[..., None], scores=jnp.zeros(tokens.shape + (1,)), num_steps=num_steps,
     )
-    return lattice, state.replace(num_tokens=num_tokens)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from bpd_jax.decoding.cache import write_rows
 from bpd_jax.decoding.scorers.window import begin_windows, extend_windows
-from bpd_jax.decoding.types import Array, Prompt, Step
+from bpd_jax.decoding.types import Array, Prompt, Scorer, Step
 from bpd_jax.errors import InputError
 
 
@@ -26,25 +26,25 @@ class CacheState:
     tokens: [batch, input length + max_length + slack] int32, the input padded to
       the right with -1, then the certain tokens; -1 where nothing is yet.
     num_tokens: [batch] int32, certain tokens.
+    begin: where they begin in `tokens` (static).
   """
 
   tokens: Array
   num_tokens: Array
+  begin: int = struct.field(pytree_node=False)
 
 
 @dataclasses.dataclass(frozen=True)
-class CacheNgramScorer:
+class CacheNgramScorer(Scorer):
   """Log-probabilities of n-grams of the input and the prefix.
 
   Attributes:
-    max_length: most tokens of an output (static).
     order: n, tokens of the longest n-gram.
     smoothing: s, how many counts the shorter context's opinion is worth.
     vocab_size: of the uniform distribution.
     sees_input: whether the input is counted, besides the output.
   """
 
-  max_length: int
   vocab_size: int
   order: int = 3
   smoothing: float = 0.5
@@ -60,27 +60,26 @@ class CacheNgramScorer:
   def context(self) -> int:
     return self.order - 1
 
-  def init(self, params, prompt: Prompt) -> CacheState:
+  def init(self, params, prompt: Prompt, context) -> CacheState:
     batch, length = prompt.tokens.shape
     slot = jnp.arange(length)
     known = (slot < prompt.lengths[:, None]) & self.sees_input
     # A block is written whole, at a row's end too.
-    room = jnp.full([batch, 2 * self.max_length + 2], -1, jnp.int32)
+    room = jnp.full([batch, 2 * prompt.max_length + 2], -1, jnp.int32)
     return CacheState(
         tokens=jnp.concatenate([jnp.where(known, prompt.tokens, -1), room], axis=1),
         num_tokens=jnp.zeros([batch], jnp.int32),
+        begin=length,
     )
 
-  def start(self, params, state: CacheState, step: Step) -> CacheState:
+  def start(self, params, state: CacheState, step: Step, lattice) -> CacheState:
     slot = jnp.arange(step.tokens.shape[1])
     block = jnp.where(slot < step.num_tokens[:, None], step.tokens, -1)
-    begin = state.tokens.shape[1] - (2 * self.max_length + 2)
-    tokens = write_rows(state.tokens, block, begin + state.num_tokens, axis=1)
-    return CacheState(tokens, state.num_tokens + step.num_tokens)
+    tokens = write_rows(state.tokens, block, state.begin + state.num_tokens, axis=1)
+    return state.replace(tokens=tokens, num_tokens=state.num_tokens + step.num_tokens)
 
   def begin(self, params, state: CacheState, num_paths: int, depth: int) -> Array:
-    text = state.tokens
-    begin = text.shape[1] - (2 * self.max_length + 2)
+    text, begin = state.tokens, state.begin
     at = begin + state.num_tokens[:, None] + jnp.arange(-self.context, 0)
     certain = jnp.take_along_axis(text, jnp.maximum(at, 0), axis=1)
     # -2 where no output is that long yet.

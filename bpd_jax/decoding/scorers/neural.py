@@ -15,13 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from bpd_jax.decoding.cache import append_chain
-from bpd_jax.decoding.types import Array, Cache, Drafted, Prompt, Step
+from bpd_jax.decoding.types import Array, Cache, Drafted, Prompt, Scorer, Step
 
 
 class LanguageModel(Protocol):
   """What the scorer calls; hashable, as it is fixed when a loop is compiled."""
 
-  def start(self, params: Any, prompt: Prompt, max_length: int) -> tuple[Any, Cache, Array]:
+  def start(self, params: Any, prompt: Prompt) -> tuple[Any, Cache, Array]:
     """What it reads of the inputs, an empty cache, and the start token [batch] int32."""
 
   def read(
@@ -72,24 +72,22 @@ class NeuralState:
 
 
 @dataclasses.dataclass(frozen=True)
-class NeuralScorer:
+class NeuralScorer(Scorer):
   """Log-probabilities of a language model, over its whole vocabulary.
 
   Attributes:
     model: its calls.
-    max_length: most tokens of an output (static).
   """
 
   model: LanguageModel
-  max_length: int
 
   context = -1
 
-  def init(self, params: Any, prompt: Prompt) -> NeuralState:
-    context, cache, start = self.model.start(params, prompt, self.max_length)
-    return self._advance(params, context, cache, start[:, None], jnp.ones_like(start))
+  def init(self, params: Any, prompt: Prompt, context) -> NeuralState:
+    own, cache, start = self.model.start(params, prompt)
+    return self._advance(params, own, cache, start[:, None], jnp.ones_like(start))
 
-  def start(self, params: Any, state: NeuralState, step: Step) -> NeuralState:
+  def start(self, params: Any, state: NeuralState, step: Step, lattice) -> NeuralState:
     after = self._advance(params, state.context, state.cache, step.tokens, step.num_tokens)
     is_new = (step.num_tokens > 0)[:, None]
     return after.replace(hidden=jnp.where(is_new, after.hidden, state.hidden))

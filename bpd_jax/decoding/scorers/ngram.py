@@ -6,7 +6,7 @@ from flax import struct
 import jax.numpy as jnp
 
 from bpd_jax.decoding.scorers.window import begin_windows, extend_windows
-from bpd_jax.decoding.types import Array, Prompt, Step
+from bpd_jax.decoding.types import Array, Prompt, Scorer, Step
 from bpd_jax.errors import InputError
 from bpd_jax.ngram_lm.arrays import device_arrays, log_probs, NgramArrays
 from bpd_jax.ngram_lm.backoff import BackOff
@@ -34,7 +34,7 @@ def ngram_params(model: BackOff) -> NgramParams:
 
 
 @dataclasses.dataclass(frozen=True)
-class NgramScorer:
+class NgramScorer(Scorer):
   """Log-probabilities of a model of `bpd_jax.ngram_lm`.
 
   Attributes:
@@ -53,14 +53,14 @@ class NgramScorer:
   def context(self) -> int:
     return self.order - 1
 
-  def init(self, params: NgramParams, prompt: Prompt) -> Array:
+  def init(self, params: NgramParams, prompt: Prompt, context) -> Array:
     """The newest certain tokens, [batch, order - 1] int32, -1 where there is none."""
     batch = prompt.tokens.shape[0]
     none = jnp.full([batch, max(self.context - 1, 0)], -1, jnp.int32)
     start = jnp.full([batch, min(self.context, 1)], self.start_id, jnp.int32)
     return jnp.concatenate([none, start], axis=1)
 
-  def start(self, params: NgramParams, state: Array, step: Step) -> Array:
+  def start(self, params: NgramParams, state: Array, step: Step, lattice) -> Array:
     both = jnp.concatenate([state, step.tokens], axis=1)
     # What counts of `both` ends where the certain tokens do.
     at = step.num_tokens[:, None] + jnp.arange(self.context)

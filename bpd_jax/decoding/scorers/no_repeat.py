@@ -9,20 +9,20 @@ import dataclasses
 import jax.numpy as jnp
 
 from bpd_jax.decoding.scorers.window import begin_windows, extend_windows
-from bpd_jax.decoding.types import Array, Prompt, Step
+from bpd_jax.decoding.types import Array, Prompt, Scorer, Step
 
 
 @dataclasses.dataclass(frozen=True)
-class NoRepeatScorer:
+class NoRepeatScorer(Scorer):
   """-1 for a candidate that equals the token before it, 0 for others."""
 
   context = 1
 
-  def init(self, params, prompt: Prompt) -> Array:
+  def init(self, params, prompt: Prompt, context) -> Array:
     """The root, [batch] int32; before the first call there is none."""
-    return jnp.full([prompt.tokens.shape[0]], -1, jnp.int32)
+    return jnp.full_like(prompt.lengths, -1)
 
-  def start(self, params, state: Array, step: Step) -> Array:
+  def start(self, params, state: Array, step: Step, lattice) -> Array:
     return step.newest(state)
 
   def begin(self, params, state: Array, num_paths: int, depth: int) -> Array:

@@ -10,34 +10,23 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from bpd_jax.decoding.drafters.reference import ReferenceState
-from bpd_jax.decoding.types import Array, Prompt, Step
+from bpd_jax.decoding.drafters.reference import begin_reference, ReferenceState
+from bpd_jax.decoding.types import Array, Prompt, Scorer, Step
 
 
 @dataclasses.dataclass(frozen=True)
-class ReferenceScorer:
+class ReferenceScorer(Scorer):
   """0 for the reference's token, `WRONG` for others."""
 
   context = 0
+  reads_references = True
   WRONG = -1e4
 
-  def init(self, params, prompt: Prompt) -> ReferenceState:
-    """Takes `prompt.references`, [batch, length] int32."""
-    return ReferenceState(
-        tokens=prompt.references,
-        num_tokens=jnp.zeros([prompt.references.shape[0]], jnp.int32),
-    )
+  def init(self, params, prompt: Prompt, context) -> ReferenceState:
+    return begin_reference(prompt)
 
-  def start(self, params, state: ReferenceState, step: Step) -> ReferenceState:
+  def start(self, params, state: ReferenceState, step: Step, lattice) -> ReferenceState:
     return state.replace(num_tokens=state.num_tokens + step.num_tokens)
-
-  def begin(self, params, state: ReferenceState, num_paths: int, depth: int) -> tuple[()]:
-    return ()
-
-  def extend(
-      self, params, state: ReferenceState, trails: tuple[()], parents: Array, tokens: Array, i
-  ) -> tuple[()]:
-    return ()
 
   def score(
       self, params, state: ReferenceState, trails: tuple[()], candidates: Array, i

@@ -1,0 +1,74 @@
+"""Drafters by name: what the `draft` of a method's entry in a gin file becomes.
+
+Each source says what drafts; `make` makes it ready for one model. A drafter that learns
+nothing needs none.
+"""
+
+import dataclasses
+import sys
+from typing import Any, Protocol
+
+from bpd_jax.decoding.drafters.reference import ReferenceDrafter
+from bpd_jax.decoding.types import Drafter, Drafting
+from bpd_jax.errors import check_count
+from bpd_jax.folders import contents_fingerprint
+from bpd_jax.generation import Generator
+
+
+class DraftSource(Protocol):
+  """What drafts."""
+
+  def make(self, generator: Generator) -> Drafting:
+    """The drafter for a model; InputError where it can't draft for it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Draft:
+  """The model's own parallel heads.
+
+  Attributes:
+    block_size: h, the most tokens a call emits; all heads draft by default.
+    top_k: candidates that each head offers.
+  """
+
+  block_size: int | None = None
+  top_k: int = 1
+
+  def make(self, generator: Generator) -> Drafting:
+    return generator.heads(self.block_size, self.top_k)
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+  """Greedy's own output, the ceiling of every drafter.
+
+  Attributes:
+    block_size: h, the most tokens a call emits; that of the model's heads by default.
+  """
+
+  block_size: int | None = None
+
+  def make(self, generator: Generator) -> Drafting:
+    block_size = self.block_size
+    if block_size is None:
+      block_size = generator.config.block_size
+    check_count("Reference.block_size", block_size)
+    return Drafting(ReferenceDrafter(block_size - 1))
+
+
+def describe_draft(draft: str | Drafter | DraftSource) -> dict[str, Any]:
+  """Kind and fields, for `results.json`."""
+  if isinstance(draft, str):
+    return {"drafter": draft}
+  fields = dataclasses.asdict(draft) if dataclasses.is_dataclass(draft) else {}
+  return {"drafter": type(draft).__name__, **fields}
+
+
+def draft_identity(draft: str | Drafter | DraftSource) -> dict[str, Any]:
+  """All that results depend on: kind, fields, and the contents of its module."""
+  module = sys.modules[type(draft).__module__]
+  # What was typed into an interpreter has no file, nor has a text.
+  file = getattr(module, "__file__", None)
+  return describe_draft(draft) | {
+      "module": None if file is None else contents_fingerprint(file)
+  }
