@@ -21,6 +21,7 @@ from bpd_jax.errors import InputError
 from bpd_jax.folders import local_path
 from bpd_jax.generation import Call, Generation, load, NotFinite
 from bpd_jax.launch import Parser, run
+from bpd_jax.partitioning import make_partitioning, Partitioning, single_device
 from bpd_jax.terminal import plain_console
 from bpd_jax.vocabulary import Vocabulary
 
@@ -68,6 +69,21 @@ def read_prompts(
   if not found:
     raise InputError("file", source, "at least one prompt")
   return found
+
+
+def read_mesh(text: str | None) -> Partitioning:
+  """The mesh of an option "DATA,FSDP,MODEL"; one device where there is none.
+
+  Raises:
+    InputError: where it isn't three whole numbers whose product is the number of devices.
+  """
+  if text is None:
+    return single_device()
+  try:
+    data, fsdp, model = map(int, text.split(","))
+  except ValueError as error:
+    raise InputError("mesh", text, "three whole numbers, as 2,1,4") from error
+  return make_partitioning(data, fsdp, model)
 
 
 def print_row(
@@ -194,9 +210,15 @@ def main(argv: Sequence[str]) -> None:
       help="to compute in, instead of the checkpoint's: float32, of which greedy's tokens are "
       "promised, or bfloat16 or float16, of which they aren't",
   )
+  parser.add_argument(
+      "--mesh", metavar="DATA,FSDP,MODEL",
+      help="devices along the batch, along batch and parameters, and along heads and "
+      "vocabulary; -1 is all that are left (default 1,1,1: one device)",
+  )
   args = parser.parse_args(argv)
   prompts = read_prompts(args.prompts, args.file, args.field)
-  model = load(args.checkpoint, dtype=args.dtype)
+  partitioning = read_mesh(args.mesh)
+  model = load(args.checkpoint, dtype=args.dtype, partitioning=partitioning)
   names, prompts = [*prompts], [*prompts.values()]
   rows = model.encode_prompts(prompts, names=names)
   method = args.method
@@ -204,9 +226,11 @@ def main(argv: Sequence[str]) -> None:
     if method == "greedy":
       raise InputError("block-size", args.block_size, "no option of --method greedy")
     method = model.heads(args.block_size)
+  # The last batch is filled; what divides over the mesh is said by its name.
+  batch_size = min(args.batch_size, partitioning.round_batch(len(prompts)))
   try:
     generation = model.generate(
-        rows, method, max_length=args.max_length, batch_size=min(args.batch_size, len(prompts)),
+        rows, method, max_length=args.max_length, batch_size=batch_size
     )
   except NotFinite as error:
     raise error.among(names) from error

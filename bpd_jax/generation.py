@@ -207,7 +207,6 @@ class Generator:
     settings = self.settings(
         method, search=search, scoring=scoring, policing=policing, rule=rule
     )
-    params = self.decode_params(method, scoring, policing)
     check_count("max_length", max_length)
     self.partitioning.check_batch(batch_size)
     rows = self.encode_prompts(prompts, buckets)
@@ -221,6 +220,7 @@ class Generator:
       raise InputError("references", f"{len(references)} lists", f"{len(rows)}, one a prompt")
     for i, reference in enumerate(references or ()):
       self._check_ids(f"references[{i}]", reference)
+    params = self.decode_params(method, scoring, policing)
     # Rows of like lengths share a batch; results go back to their places.
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]

@@ -103,14 +103,24 @@ class Partitioning:
               f"{name} shape", leaf.shape, f"multiples of {split} on the mesh axes {axes}"
           )
 
-  def check_batch(self, batch_size: int) -> None:
-    """Raises InputError where a batch doesn't divide over its mesh axes."""
+  @property
+  def batch_split(self) -> int:
+    """In how many parts a batch lies on the mesh."""
     axes = dict(self.rules)["batch"]
     axes = (axes,) if isinstance(axes, str) else axes or ()
-    split = math.prod(self.mesh.shape[axis] for axis in axes)
-    if batch_size < 1 or batch_size % split:
+    return math.prod(self.mesh.shape[axis] for axis in axes)
+
+  def round_batch(self, rows: int) -> int:
+    """The least batch that divides over the mesh and holds so many rows."""
+    return -(-rows // self.batch_split) * self.batch_split
+
+  def check_batch(self, batch_size: int) -> None:
+    """Raises InputError where a batch doesn't divide over its mesh axes."""
+    if batch_size < 1 or batch_size % self.batch_split:
+      axes = dict(self.rules)["batch"]
       raise InputError(
-          "batch_size", batch_size, f"a positive multiple of {split}, the mesh axes {axes}"
+          "batch_size", batch_size,
+          f"a positive multiple of {self.batch_split}, the mesh axes {axes}",
       )
 
 
@@ -118,6 +128,8 @@ def make_partitioning(
     data: int = -1, fsdp: int = 1, model: int = 1, devices=None, rules=DEFAULT_RULES
 ) -> Partitioning:
   """Lays devices out on a mesh ('data', 'fsdp', 'model').
+
+  Of several devices of one process 1 × 1 × 1 is the first.
 
   Args:
     data: devices along the batch only; -1 takes what is left.
@@ -140,6 +152,8 @@ def make_partitioning(
   fixed = math.prod(size for size in sizes.values() if size != -1)
   if free:
     sizes[free[0]] = devices.size // fixed
+  if math.prod(sizes.values()) == 1 and jax.process_count() == 1:
+    devices = devices[:1]
   if math.prod(sizes.values()) != devices.size:
     raise InputError(
         "mesh", (data, fsdp, model), f"sizes whose product is {devices.size}, the devices"

@@ -14,6 +14,7 @@ from test_rescored_model import (  # noqa: F401
     small,
 )
 
+from bpd_jax.decoding.drafters.reference import ReferenceDrafter
 from bpd_jax.decoding.search import SearchSettings
 from bpd_jax.evaluation.analysis import (
     closed_distance,
@@ -23,7 +24,9 @@ from bpd_jax.evaluation.analysis import (
     efficiency_by_position,
     first_path,
     head_statistics,
+    lattice_statistics,
     longest_run,
+    matching_nodes,
     num_repeats,
     RECALLS,
     rising_heads,
@@ -73,6 +76,41 @@ def test_the_oracle_of_ranks_is_the_replayed_oracle(base, recording, k, heads): 
     )
   assert found[heads - 1][RECALLS.index(k)] == replayed.block_efficiency
   assert found[0][RECALLS.index(k)] == 1  # Head 1 alone is greedy.
+
+
+def test_lattices_of_heads_say_what_the_heads_say(base, recording):  # noqa: F811
+  with jax.enable_x64(True):
+    heads = head_statistics(base, recording)
+    # However many candidates it is asked for.
+    for method in ("blockwise", base.heads(top_k=3)):
+      found = lattice_statistics(base, recording, method)
+      assert found["positions"] == heads["positions"][1:]
+      assert found["recall"] == heads["recall"][1:]
+      assert found["oracle"] == heads["oracle"][1:]
+  assert found["drafted"] == [1.0] * (H - 1)
+  # What aren't candidates are told apart there.
+  assert all(0 < a <= b for a, b in zip(found["entropy"], heads["entropy"][1:], strict=True))
+
+
+def test_lattices_of_a_drafter_without_candidates_to_offer(base, recording):  # noqa: F811
+  with jax.enable_x64(True):
+    found = lattice_statistics(base, recording, ReferenceDrafter(2))
+  n = recording.lengths
+  # Replay gives it greedy's own output; a step behind its end drafts nothing.
+  assert found["positions"] == [int((n - 1).sum()), int(np.maximum(n - 2, 0).sum())]
+  assert found["drafted"] == [1.0, 1.0] and found["entropy"] == [0.0, 0.0]
+  assert found["recall"] == [[1.0] + [None] * (len(RECALLS) - 1)] * 2
+  calls = (1 + -(-(n - 1) // 3)).sum()
+  assert found["oracle"][-1][0] == n.sum() / calls
+
+
+def test_nodes_that_say_what_follows():
+  # Two paths that aren't merged begin with 5; the second goes on as the text does.
+  draft, parents = [5, 7, 5, 6, 9], [-1, 0, -1, 2, 3]
+  assert matching_nodes(draft, parents, [5, 6, 8]) == [2, 3]
+  assert matching_nodes(draft, parents, [5]) == [0]
+  assert matching_nodes(draft, parents, [6]) == [] == matching_nodes([], [], [6])
+  assert matching_nodes(draft, parents, [5, 6, 9, 1]) == [2, 3, 4]
 
 
 def test_heads_that_rise():

@@ -20,9 +20,11 @@ from rich.console import Console
 from bpd_jax.checkpoints import save_model
 from bpd_jax.data.jsonl import JsonlTask
 from bpd_jax.data.rows import rows_fingerprint, RowsTask, TASKS
+from bpd_jax.decoding.drafters.empty import EmptyDrafter
+from bpd_jax.decoding.drafters.reference import ReferenceDrafter
 from bpd_jax.errors import InputError
 from bpd_jax.evaluate import evaluate, main
-from bpd_jax.evaluation.drafting import Draft, Reference
+from bpd_jax.evaluation.drafting import describe_draft, Draft, Reference
 from bpd_jax.evaluation.quality import edit_similarity, exact_match, rouge_l
 from bpd_jax.evaluation.run import describe_generation, measure_methods, Method, method_identity
 from bpd_jax.evaluation.scoring import NeuralSource, NgramSource
@@ -303,13 +305,14 @@ def test_a_task_may_have_any_name(model_folder, rows_file, tmp_path):
   assert list(results["tasks"]) == ["identity"]
 
 
-class Plain:
+class Plain(EmptyDrafter):
   """A drafter that says nothing of itself."""
 
 
 def test_a_drafter_is_the_same_in_another_process():
   one, other = (method_identity(Method("mine", Plain())) for _ in range(2))
-  assert one == other and one["method"] == "test_evaluate.Plain"
+  assert one == other and one["draft"]["drafter"] == "Plain"
+  assert describe_draft(ReferenceDrafter(3)) == {"drafter": "ReferenceDrafter", "depth": 3}
 
 
 def test_existing_output_is_refused(model_folder, rows_file, tmp_path):

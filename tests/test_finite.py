@@ -14,6 +14,7 @@ from bpd_jax import decode
 from bpd_jax.checkpoints import save_model
 from bpd_jax.data.jsonl import JsonlTask
 from bpd_jax.decoding import accept, loop
+from bpd_jax.decoding.drafters.reference import ReferenceDrafter
 from bpd_jax.decoding.lattice import BLOCK, first_max, top_k_lattice
 from bpd_jax.decoding.rescoring import Scoring
 from bpd_jax.decoding.scorers.no_repeat import NoRepeatScorer
@@ -170,7 +171,7 @@ def test_rows_of_other_failures_are_named_apart():
   assert state.num_calls.tolist() == [3, 1, 2]
 
 
-@pytest.mark.parametrize("method", ["greedy", "blockwise", "reference"])
+@pytest.mark.parametrize("method", ["greedy", "blockwise", ReferenceDrafter(3)], ids=str)
 @pytest.mark.parametrize("path, place, value", [
     ("decoder/layers/mlp/wo", (1, 3, 5), NAN), ("embedding", (0, 0), NAN),
     ("encoder/norm/scale", (2,), INF), ("logits_kernel", (4, 9), NAN),
@@ -178,7 +179,7 @@ def test_rows_of_other_failures_are_named_apart():
 ])
 def test_one_number_that_is_none_ends_every_method(params, path, place, value, method):
   model = Generator(CONFIG, changed(params, path, place, value))
-  references = [[5] * 12] * 5 if method == "reference" else None
+  references = [[5] * 12] * 5 if isinstance(method, ReferenceDrafter) else None
   with pytest.raises(NotFinite) as caught:
     model.generate(PROMPTS, method, references=references, **OPTIONS)
   # The first of the batch of the shortest prompts, which is decoded first.
@@ -222,6 +223,7 @@ def test_the_row_is_the_prompts_and_the_call_its_own(params):
 ], ids=["plain", "chain", "p_best"])
 @pytest.mark.parametrize("value", [NAN, INF])
 def test_a_head_that_is_none_is_said_where_it_drafts(params, options, value):
+  options = dict(options)
   whole = Generator(CONFIG, params)
   model = Generator(CONFIG, changed(params, "heads/w2", (2, 0, 0), value))
   with pytest.raises(NotFinite, match=r"^prompts\[0\], call 2: a head's largest logit"):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from bpd_jax.decoding.cache import cache_length
 from bpd_jax.decoding.drafters.empty import EmptyDrafter
 from bpd_jax.decoding.drafters.reference import ReferenceDrafter
 from bpd_jax.decoding.loop import Loop
-from bpd_jax.decoding.types import Drafter, Lattice, Params, Prompt, Tree
+from bpd_jax.decoding.types import Drafter, Lattice, Params, Policy, Prompt, Tree
 
 MODEL = TableModel(vocab_size=7)
 START = 0
@@ -167,7 +168,7 @@ def decode_trees(drafter, table, seed, eos_position, limits, parents, candidate)
   find_tree = lambda lattice, root, score: random_tree(lattice, root, parents, candidate)
   return run(
       drafter, table, seed, eos_position, limits, find_tree,
-      parents.shape[1], drafter.depth, accept.ExactMatch(),
+      parents.shape[1], accept.ExactMatch(),
   )
 
 
@@ -224,6 +225,107 @@ def test_trees_equal_greedy(num_nodes, depth, k):
     )
     assert state.tokens[row, : state.num_tokens[row]].tolist() == tokens
     assert state.trace.num_emitted[row, : state.num_calls[row]].tolist() == emitted
+    check_record(state, row)
+
+
+def check_record(state, row):
+  """The nodes that a row's trace calls accepted are a way from the root with what was emitted."""
+  trace, done = jax.tree.map(lambda leaf: leaf[row], state.trace), 0
+  for call in range(len(trace.num_emitted)):
+    emitted = state.tokens[row, done : done + trace.num_emitted[call]].tolist()
+    done += len(emitted)
+    nodes = trace.accepted[call]
+    assert (nodes[(nodes >= 0).sum() :] == -1).all()
+    nodes = nodes[nodes >= 0]
+    assert trace.parents[call][nodes].tolist() == [0, *nodes[:-1]][: len(nodes)]
+    assert trace.drafts[call][nodes].tolist() == emitted[: len(nodes)]
+    # Fewer than all but one only where nothing was accepted that could be.
+    is_last = done == state.num_tokens[row]
+    assert len(emitted) - len(nodes) in ((0, 1) if is_last else (1,))
+
+
+@dataclasses.dataclass(frozen=True)
+class Marked(NoisyDrafter):
+  """Says of every candidate which of several drafters it is from: as many as candidates."""
+
+  def propose(self, params, state, noise, past):
+    lattice = super().propose(params, state, noise, past)
+    numbers = jnp.arange(1, lattice.tokens.shape[2] + 1)
+    return lattice.replace(sources=jnp.broadcast_to(numbers, lattice.tokens.shape))
+
+
+def test_the_trace_knows_whose_each_node_is():
+  rng = np.random.default_rng(8)
+  seed, eos_position, limits, greedy = make_rows(rng, 64)
+  table = draft_table(rng, greedy, 4, 0.85, 3)
+  parents, candidate = grow_trees(rng, 64, 12, 4, 3)
+  rows = (table, seed, eos_position, limits, parents, candidate)
+  plain, marked = (jax.device_get(decode_trees(kind(4), *rows)) for kind in (NoisyDrafter, Marked))
+  np.testing.assert_array_equal(plain.tokens, marked.tokens)
+  assert not plain.trace.sources.any()
+  is_drafted = marked.trace.drafts >= 0
+  is_drafted[..., 0] = False
+  expected = np.broadcast_to(candidate[:, None] + 1, is_drafted.shape)
+  np.testing.assert_array_equal(marked.trace.sources[is_drafted], expected[is_drafted])
+  assert is_drafted.any() and not marked.trace.sources[..., 0].any()
+
+
+@dataclasses.dataclass(frozen=True)
+class Turns(Policy):
+  """Rows draft in every `period`-th call; of a tree the nodes of depth `depth` at most count."""
+
+  depth: int
+
+  def init(self, params, prompt, context):
+    return jnp.zeros_like(prompt.lengths), jnp.zeros_like(prompt.lengths)
+
+  def start(self, params, state, step):
+    calls, verified = state
+    return calls + 1, verified + step.num_verified
+
+  def wants(self, params, state):
+    # Another turn for every row, so that some draft while others don't.
+    return (state[0] + jnp.arange(len(state[0]))) % params == 0
+
+  def cut(self, params, state, lattice, tree):
+    return tree.replace(is_valid=tree.is_valid & (tree.depth <= self.depth))
+
+
+@functools.partial(jax.jit, static_argnames=("policy",))
+def decode_in_turns(policy, period, table, seed, eos_position, limits):
+  parts = Loop(
+      MODEL.verify(seed, eos_position), NoisyDrafter(4), Params((), table), search.chain,
+      MODEL.eos_id, policy=policy, policy_params=period,
+  )
+  return decode(parts, Prompt(table, limits, MAX_LENGTH), seed, limits, 5)
+
+
+@pytest.mark.parametrize("depth", [1, 3, 4])
+@pytest.mark.parametrize("period", [1, 2, 5])
+def test_a_policy_saves_drafts_and_changes_no_token(period, depth):
+  rng = np.random.default_rng([period, depth])
+  seed, eos_position, limits, greedy = make_rows(rng, 200)
+  table = draft_table(rng, greedy, 4, 0.8)
+  state = jax.device_get(
+      decode_in_turns(Turns(depth), period, table, seed, eos_position, limits)
+  )
+  for row in range(200):
+    calls = itertools.count()
+
+    def draft_after(n, row=row, calls=calls):
+      # The first call, which has no draft, is number 0.
+      wants = (next(calls) + 1 + row) % period == 0
+      return table[row, min(n, MAX_LENGTH), :depth, 0].tolist() if wants else []
+
+    tokens, emitted = count_calls(
+        greedy[row].tolist(), draft_after, 5, int(limits[row]), MODEL.eos_id
+    )
+    assert state.tokens[row, : state.num_tokens[row]].tolist() == tokens
+    assert state.trace.num_emitted[row, : state.num_calls[row]].tolist() == emitted
+    drafts = state.trace.drafts[row, : state.num_calls[row], 1:]
+    assert ((drafts >= 0).sum(-1) <= depth).all()
+  if period == 5:
+    assert (state.trace.drafts[:, 1:, 1] < 0).any()
 
 
 def test_finished_and_padding_rows_stay_as_they_are():

@@ -61,6 +61,7 @@ def test_replay_is_live_decoding_call_by_call(
 ):
   with jax.enable_x64(True):
     scoring = all_scoring(base, small, arrays)[name]
+    options = dict(options)
     heads = base.heads(options.pop("block_size", None), options.pop("top_k", 1))
     live = base.generate(prompts, heads, scoring=scoring, **options, **OPTIONS)
     found = replay(base, recording, heads, scoring=scoring, batch_size=32, **options)

@@ -1,5 +1,6 @@
 """Choice of weights by replay, and evaluation of methods that re-score."""
 
+from collections import Counter
 import dataclasses
 import json
 from pathlib import Path
@@ -284,11 +285,17 @@ def check_report(folder, task, methods):
   assert f"<td>{cost['blockwise']['flops'] / 1e6:,.1f}</td>" in page
   links = re.findall(r"(?:src|href|url)\s*[=(]\s*[\"']?([^\"'\s>)]+)", page)
   assert all(link.startswith("#") for link in links), links
-  assert page.count("<svg") == 2 and "<script" not in page
+  assert page.count("<svg") == 3 and "<script" not in page
   decodes = own["decodes"]
   refined = ("best16_4gram", "neural_ngram")
   best = max(refined, key=lambda name: own["methods"][name]["block_efficiency"])
-  assert {decode["method"] for decode in decodes} == {"blockwise", best}
+  rows = Counter(decode["method"] for decode in decodes)
+  assert rows == {name: 2 if name in ("blockwise", best) else 1 for name in own["methods"]}
+  # One lattice for all: the same heads draft.
+  (lattice,) = own["lattices"]
+  assert lattice["methods"] == [*own["methods"]]
+  assert lattice["oracle"][-1][RECALLS.index(4)] == oracle["block_efficiency"]
+  assert f"<p>Drafted by drafter Draft: {', '.join(own['methods'])}</p>" in page
   for decode in decodes:
     assert f"decoded with {decode['method']}: {len(decode['calls'])} calls" in page
 
@@ -296,7 +303,7 @@ def check_report(folder, task, methods):
 def test_files_that_are_not_this_models(folders, tmp_path):
   model = load(folders / "base")
   with pytest.raises(InputError, match="NgramSource.order = 5: allowed is 1 … 4"):
-    load_scoring((NgramSource(str(folders / "four.arpa"), 5),), model, 12)
+    load_scoring((NgramSource(str(folders / "four.arpa"), 5),), model)
   config = ModelConfig(
       vocab_size=400, d_model=8, d_ff=8, d_kv=8, num_heads=1, num_encoder_layers=1,
       num_decoder_layers=1, block_size=1,
@@ -306,4 +313,4 @@ def test_files_that_are_not_this_models(folders, tmp_path):
       folders / "tokenizer_config.json",
   )
   with pytest.raises(InputError, match="NeuralSource.checkpoint = .* allowed is one of the model"):
-    load_scoring((NeuralSource(str(tmp_path / "other")),), model, 12)
+    load_scoring((NeuralSource(str(tmp_path / "other")),), model)

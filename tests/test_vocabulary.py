@@ -9,6 +9,7 @@ import sentencepiece
 
 import bpd_jax
 from bpd_jax.checkpoints import save_model
+from bpd_jax.decoding.drafters.reference import ReferenceDrafter
 from bpd_jax.errors import InputError
 from bpd_jax.evaluation.scoring import NgramSource
 from bpd_jax.model.config import ModelConfig
@@ -132,7 +133,7 @@ def test_load_says_what_is_wrong(tmp_path):
 def test_references_beyond_the_embedding_table_are_refused():
   model = bpd_jax.Generator(CONFIG, None)
   with pytest.raises(InputError, match=r"references\[0\] token = 384: allowed is 0 … 383"):
-    model.generate([[5, 1]], "reference", references=[[7, 384]])
+    model.generate([[5, 1]], ReferenceDrafter(3), references=[[7, 384]])
 
 
 def test_ngrams_of_another_start_or_end_are_refused(tmp_path):

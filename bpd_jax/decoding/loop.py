@@ -310,11 +310,13 @@ def _node_sources(lattice: Lattice, tree: Tree) -> Array:
   if lattice.sources is None or not lattice.tokens.shape[1]:
     return jnp.zeros(tree.tokens.shape, jnp.int32)
   # Candidates of a step are distinct, so a node's depth and token name its candidate.
-  step = jnp.maximum(jnp.broadcast_to(tree.depth, tree.tokens.shape) - 1, 0)[..., None]
+  depth = jnp.broadcast_to(tree.depth, tree.tokens.shape)[..., None]
   tokens, sources = (
-      jnp.take_along_axis(leaf, step, axis=1) for leaf in (lattice.tokens, lattice.sources)
+      jnp.take_along_axis(leaf, jnp.maximum(depth - 1, 0), axis=1)
+      for leaf in (lattice.tokens, lattice.sources)
   )
-  return jnp.where(tokens == tree.tokens[..., None], sources, 0).sum(-1, dtype=jnp.int32)
+  is_it = (tokens == tree.tokens[..., None]) & (depth > 0)
+  return jnp.where(is_it, sources, 0).sum(-1, dtype=jnp.int32)
 
 
 def _is_bad(is_finite: Array | None) -> Array | bool:

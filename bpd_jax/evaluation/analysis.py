@@ -1,9 +1,10 @@
 """Why drafts are accepted or not, from a recording (Kim et al. 2024, §5 and App. H).
 
-`head_statistics` looks at the heads alone: accuracy, recall and entropy. `drafts_everywhere`
-has a method draft after every prefix of greedy's output, so that two methods can be
-compared draft by draft (`compare_drafts`), which their own decoding, at different
-prefixes, can't. `describe_repetition` and `efficiency_by_position` read any traces.
+`head_statistics` looks at the model's heads alone: accuracy, recall and entropy;
+`lattice_statistics` at what any method drafts. `drafts_everywhere` has a method draft
+after every prefix of greedy's output, so that two methods can be compared draft by draft
+(`compare_drafts`), which their own decoding, at different prefixes, can't.
+`describe_repetition` and `efficiency_by_position` read any traces.
 """
 
 from collections.abc import Sequence
@@ -16,9 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from bpd_jax.decoding.accept import NothingPasses
-from bpd_jax.decoding.rescoring import Scoring
+from bpd_jax.decoding.rescoring import candidate_entropy, Scoring
+from bpd_jax.decoding.types import Drafter, Drafting
 from bpd_jax.evaluation.bootstrap import bootstrap_interval
-from bpd_jax.evaluation.replay import Recording, replay
+from bpd_jax.evaluation.replay import recorded_loop, recorded_rows, Recording, replay
 from bpd_jax.generation import Call, Generation, Generator
 
 RECALLS = (1, 2, 4, 8, 16)
@@ -89,6 +91,100 @@ def _head_ranks(model, view, hidden, tokens, lengths):
   return jnp.where(has_token, rank, -1), jnp.where(has_token, entropy, 0).sum((0, 1))
 
 
+def lattice_statistics(
+    generator: Generator, recording: Recording, method: str | Drafter | Drafting = "blockwise",
+) -> dict[str, list]:
+  """What the steps of a method's lattices know, after every prefix of greedy's output.
+
+  Args:
+    generator: the recorded model.
+    recording: of its greedy output.
+    method: as of `replay`. A drafter that can offer more candidates than it does is
+      looked at with as many as `RECALLS` asks for.
+
+  Returns:
+    Lists by step, the token after the root first: `positions`, where greedy has a token;
+    `drafted`, the share of them where the step held a draft; `entropy`, the mean of these
+    in nats, all that aren't candidates as one outcome; `recall` of all positions, a list a
+    step, of the k best for each k of `RECALLS`, None beyond the candidates; `oracle`, the
+    same of block efficiencies with so many steps, see `oracle_calls`.
+  """
+  drafting = generator.drafting(method)
+  drafter, most = drafting.drafter, RECALLS[-1]
+  if "num_candidates" in {field.name for field in dataclasses.fields(drafter)}:
+    most = min(most, generator.config.vocab_size)
+    drafting = dataclasses.replace(
+        drafting, drafter=dataclasses.replace(drafter, num_candidates=most)
+    )
+  k = drafting.drafter.num_candidates
+  settings = generator.settings(drafting, rule=NothingPasses())
+  params = generator.decode_params(drafting)
+  ranks, entropies = [], []
+  for first in range(0, len(recording), ROWS):
+    part = np.minimum(np.arange(first, first + ROWS), len(recording) - 1)
+    num_live = min(ROWS, len(recording) - first)
+    rank, entropy = jax.device_get(_step_ranks(
+        generator.model, settings, params, recorded_rows(recording, part, num_live)
+    ))
+    ranks.append(rank)
+    entropies.append(entropy)
+  # As heads would have them: head 1 is never drafted, and always right.
+  rank = np.concatenate(ranks)[: len(recording)]
+  has_token = rank >= -1
+  positions = has_token.sum((0, 1))
+  drafted = (rank >= 0).sum((0, 1))
+  hits = lambda k: ((rank >= 0) & (rank < k)).sum((0, 1))
+  known = [count if count <= k else None for count in RECALLS]
+  recall = np.stack([hits(count or 0) / np.maximum(positions, 1) for count in known], axis=-1)
+  blank = lambda row: [None if count is None else float(x) for count, x in zip(known, row)]
+  tokens = recording.lengths.sum()
+  with_base = np.concatenate([np.zeros_like(rank[..., :1]), rank], axis=-1)
+  return {
+      "positions": positions.tolist(),
+      "drafted": (drafted / np.maximum(positions, 1)).tolist(),
+      "entropy": (np.sum(entropies, axis=0) / np.maximum(drafted, 1)).tolist(),
+      "recall": [blank(row) for row in recall],
+      "oracle": [
+          blank([
+              tokens / oracle_calls(with_base[..., :steps], recording.lengths, count or 1).sum()
+              for count in known
+          ])
+          for steps in range(2, rank.shape[-1] + 2)
+      ],
+  }
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _step_ranks(model, settings, params, rows):
+  """Ranks [rows, length, depth] of greedy's tokens and summed entropies [depth].
+
+  The rank at t is of the draft after t + 1 tokens; -1 where nothing was drafted, -2 where
+  greedy has no token.
+  """
+  loop, state = recorded_loop(model, settings, params, rows)
+
+  def draft(state, _):
+    state, called = loop.call(state)
+    return state, called.lattice
+
+  length, depth = rows.tokens.shape[1], settings.drafter.depth
+  _, lattices = jax.lax.scan(draft, state, None, length=length)
+  # The first call drafts before any token is certain, which nobody does well.
+  lattices = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, 1)[:, 1:], lattices)
+  at = 1 + jnp.arange(length - 1)[:, None] + jnp.arange(depth)  # [length - 1, depth]
+  has_token = at < rows.limits[:, None, None]
+  right = jnp.take(rows.tokens, jnp.minimum(at, length - 1), axis=1)
+  is_right = lattices.tokens == right[..., None]
+  rank = jnp.where(is_right.any(-1), jnp.argmax(is_right, axis=-1), is_right.shape[-1])
+  is_drafted = has_token & (jnp.arange(depth) < lattices.num_steps[..., None])
+  entropy = candidate_entropy(lattices)
+  rank = jnp.where(has_token, jnp.where(is_drafted, rank, -1), -2)
+  return (
+      jnp.pad(rank, ((0, 0), (0, 1), (0, 0)), constant_values=-2),
+      jnp.where(is_drafted, entropy, 0).sum((0, 1)),
+  )
+
+
 def oracle_calls(rank: np.ndarray, lengths: np.ndarray, k: int) -> np.ndarray:
   """Decoder calls of each row where every call verifies the best choice among the k best.
 
@@ -97,7 +193,7 @@ def oracle_calls(rank: np.ndarray, lengths: np.ndarray, k: int) -> np.ndarray:
 
   Args:
     rank: [rows, length, heads], of greedy's token t + i in head i + 1 at the state that
-      chose token t; -1 where there is none.
+      chose token t; negative where there is none.
     lengths: [rows], tokens of each row.
     k: candidates of a head.
 

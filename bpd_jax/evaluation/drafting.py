@@ -57,11 +57,17 @@ class Reference:
 
 
 def describe_draft(draft: str | Drafter | DraftSource) -> dict[str, Any]:
-  """Kind and fields, for `results.json`."""
+  """Kind and fields, for `results.json`; of what isn't a dataclass, what it says of itself."""
   if isinstance(draft, str):
     return {"drafter": draft}
-  fields = dataclasses.asdict(draft) if dataclasses.is_dataclass(draft) else {}
-  return {"drafter": type(draft).__name__, **fields}
+  fields = {}
+  if dataclasses.is_dataclass(draft):
+    fields = {field.name: getattr(draft, field.name) for field in dataclasses.fields(draft)}
+  elif type(draft).__repr__ is not object.__repr__:
+    # The default says where in memory an object lies, which is another place every time.
+    fields = {"is": draft}
+  plain = lambda value: value if isinstance(value, str | int | float | None) else repr(value)
+  return {"drafter": type(draft).__name__} | {key: plain(value) for key, value in fields.items()}
 
 
 def draft_identity(draft: str | Drafter | DraftSource) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import dataclasses
 import html
 import io
+import json
 from typing import Any
 
 import numpy as np
@@ -21,17 +22,19 @@ from bpd_jax.evaluation.analysis import (
   drafts_everywhere,
   efficiency_by_position,
   head_statistics,
+  lattice_statistics,
   RECALLS,
   rising_heads,
 )
 from bpd_jax.evaluation.cost import token_cost
-from bpd_jax.evaluation.drafting import Draft
+from bpd_jax.evaluation.drafting import describe_draft, Draft
 from bpd_jax.evaluation.quality import is_looping
 from bpd_jax.evaluation.replay import Recording, replay
 from bpd_jax.evaluation.run import Method
 from bpd_jax.evaluation.scoring import is_oracle
 from bpd_jax.evaluation.watch import watch
 from bpd_jax.generation import Generation, Generator
+from bpd_jax.programs import DecodeSettings
 from bpd_jax.vocabulary import Vocabulary
 
 # Candidates of a step that a decode shows, besides the one that was chosen.
@@ -43,34 +46,42 @@ def analyse_task(
     scoring: Mapping[str, Sequence[Scoring]], live: Mapping[str, Generation],
     num_decodes: int = 2,
 ) -> dict[str, Any]:
-  """What a task's recording says of the heads and of every method that reads them.
+  """What a task's recording says of the heads and of every method that drafts.
 
   Args:
     generator: the recorded model.
     recording: of the reported rows.
-    methods: those that don't draft with heads are left out.
+    methods: those that draft nothing are left out.
     scoring: of each method by name.
     live: what each method decoded of the same rows, by name.
-    num_decodes: rows to watch, with plain drafts and with the re-scored ones of the
-      highest block efficiency.
+    num_decodes: rows to watch with plain drafts and with the re-scored ones of the
+      highest block efficiency; of other methods the first row is.
 
   Returns:
-    Ready for JSON: `heads`, see `head_statistics`, with `rising_heads`; `methods`, for
-    each `block_efficiency`, `replay_equals_live`, the share of the rows of which every
-    call emits what it did live, `repetition`, `by_position`, `cost` (see `_cost`),
+    Ready for JSON: `heads`, see `head_statistics`, with `rising_heads`, None where the model
+    has none; `lattices`, see `lattice_statistics`, one for all `methods` that draft alike;
+    `methods`, for each `block_efficiency`, `replay_equals_live`, the share of the rows of
+    which every call emits what it did live, `repetition`, `by_position`, `cost` (see `_cost`),
     `against_plain` (see `compare_drafts`; absent without a plain method),
     `closed_distance` with its `_interval` (see there; absent without an oracle, None where
     that saves no call), and the same of rows that don't loop, `closed_distance_loop_free`;
     `decodes`, each `method`, `row` and `calls`.
   """
-  methods = [method for method in methods if isinstance(method.draft, Draft)]
-  heads = head_statistics(generator, recording)
-  heads["rising_heads"] = rising_heads(heads["entropy"])
-  plain = next((x for x in methods if x.draft.top_k == 1 and not x.scorers), None)
-  oracles = [x for x in methods if is_oracle(x.scorers)]
   options = {
       x.name: {**x.options(generator), "scoring": scoring[x.name]} for x in methods
   }
+  settings = {name: generator.settings(**own) for name, own in options.items()}
+  methods = [x for x in methods if settings[x.name].drafter.depth]
+  heads = None
+  if generator.config.block_size > 1:
+    heads = head_statistics(generator, recording)
+    heads["rising_heads"] = rising_heads(heads["entropy"])
+  # Methods that re-score the same heads are compared with these as they are.
+  has_heads = lambda x: isinstance(x.draft, Draft)
+  plain = next(
+      (x for x in methods if has_heads(x) and x.draft.top_k == 1 and not x.scorers), None
+  )
+  oracles = [x for x in methods if has_heads(x) and is_oracle(x.scorers)]
   drafts_before = None
   if plain is not None:
     drafts_before = drafts_everywhere(generator, recording, **options[plain.name])
@@ -85,7 +96,11 @@ def analyse_task(
         ])),
         "repetition": describe_repetition(decoded),
         "by_position": efficiency_by_position(decoded),
-        "cost": _cost(generator, recording, method, scoring[method.name], decoded),
+        "cost": _cost(
+            generator, recording, settings[method.name],
+            settings[method.name].drafter.depth if has_heads(method) else 0,
+            scoring[method.name], decoded,
+        ),
     }
     if plain is not None and method is not plain:
       after = drafts_everywhere(generator, recording, **options[method.name])
@@ -97,7 +112,7 @@ def analyse_task(
         not is_looping(tokens[:length].tolist())
         for tokens, length in zip(recording.tokens, recording.lengths)
     ])
-    for name, entry in found.items():
+    for name, entry in ((x.name, found[x.name]) for x in methods if has_heads(x)):
       for suffix, rows in (("", np.ones_like(is_free)), ("_loop_free", is_free)):
         closed = closed_distance(*(calls[x][rows] for x in (plain.name, name, best.name)))
         entry["closed_distance" + suffix], entry[f"closed_distance{suffix}_interval"] = (
@@ -105,7 +120,6 @@ def analyse_task(
         )
   refined = [x for x in methods if x.scorers and not is_oracle(x.scorers)]
   best_refined = max(refined, key=lambda x: found[x.name]["block_efficiency"], default=None)
-  shown = [x for x in (plain, best_refined) if x is not None]
   decodes = [
       {
           "method": method.name, "row": row,
@@ -113,19 +127,44 @@ def analyse_task(
           "calls": [dataclasses.asdict(call) for call in watch(
               generator, recording, row, **options[method.name])],
       }
-      for row in range(min(num_decodes, len(recording))) for method in shown
+      for method in methods
+      for row in range(min(
+          num_decodes if method in (plain, best_refined) else 1, len(recording)
+      ))
   ]
-  return {"heads": heads, "methods": found, "decodes": decodes}
+  return {
+      "heads": heads, "lattices": _lattices(generator, recording, methods, options),
+      "methods": found, "decodes": decodes,
+  }
+
+
+def _lattices(
+    generator: Generator, recording: Recording, methods: Sequence[Method],
+    options: Mapping[str, Mapping[str, Any]],
+) -> list[dict[str, Any]]:
+  """`lattice_statistics` of everything that drafts, with the methods that draft so."""
+  found: dict[str, dict[str, Any]] = {}
+  for method in methods:
+    # However many candidates a method has of a step, the statistics are of all.
+    draft = {key: x for key, x in describe_draft(method.draft).items() if key != "top_k"}
+    key = json.dumps(draft, sort_keys=True)
+    if key not in found:
+      own = lattice_statistics(generator, recording, options[method.name]["method"])
+      found[key] = {"draft": draft, "methods": [], **own}
+    found[key]["methods"].append(method.name)
+  return [*found.values()]
 
 
 def _cost(
-    generator: Generator, recording: Recording, method: Method, scoring: Sequence[Scoring],
-    decoded: Generation,
+    generator: Generator, recording: Recording, settings: DecodeSettings, num_heads: int,
+    scoring: Sequence[Scoring], decoded: Generation,
 ) -> dict[str, float]:
-  """`Cost` of a token at batch 1, with an input and a prefix of mean length."""
-  settings = generator.settings(**method.options(generator))
+  """`Cost` of a token at batch 1, with an input and a prefix of mean length.
+
+  What a drafter that isn't the model's heads reads isn't counted.
+  """
   cost = token_cost(
-      generator.config, settings.num_nodes, settings.drafter.depth, decoded.block_efficiency,
+      generator.config, settings.num_nodes, num_heads, decoded.block_efficiency,
       output_length=int(recording.lengths.mean() // 2),
       input_length=int(recording.prompt_lengths.mean()),
       scorers=[
@@ -160,10 +199,12 @@ def make_report(
     verdict = {True: "learned", False: "<b>not learned</b>", None: "no references"}
     parts.append(f"<h2>{_text(name)} <small>{verdict[task['learned']]}</small></h2>")
     parts.append(_task_line(task))
-    own = analysis.get(name, {"methods": {}, "decodes": [], "heads": None})
+    own = analysis.get(name, {"methods": {}, "decodes": [], "heads": None, "lattices": []})
+    parts.append(_plot_speed(task["methods"]))
     parts.append(_method_table(task["methods"], own["methods"]))
     if own["heads"]:
       parts += [_head_table(own["heads"]), _plot_heads(own)]
+    parts += [_lattice_table(lattice) for lattice in own["lattices"]]
     parts += [_decode(decode, vocabulary) for decode in own["decodes"]]
   body = "\n".join(parts)
   return (
@@ -267,6 +308,44 @@ def _head_table(heads: Mapping[str, Any]) -> str:
   return _table([*names, *(f"among {k}" for k in RECALLS[1:])], rows) + note
 
 
+def _lattice_table(lattice: Mapping[str, Any]) -> str:
+  """What the steps of a drafter's lattices know, a row a step."""
+  percent = lambda value: "" if value is None else f"{value:.1%}"
+  number = lambda value: "" if value is None else f"{value:.2f}"
+  rows = [
+      [
+          str(i + 1), f"{lattice['positions'][i]:,}", percent(lattice["drafted"][i]),
+          number(lattice["entropy"][i]), *map(percent, lattice["recall"][i]),
+          *map(number, lattice["oracle"][i]),
+      ]
+      for i in range(len(lattice["positions"]))
+  ]
+  names = ["step", "positions", "drafted", "entropy, nats"]
+  names += [f"among {k}" for k in RECALLS] + [f"oracle of {k}" for k in RECALLS]
+  draft = ", ".join(f"{key} {x}" for key, x in lattice["draft"].items() if x is not None)
+  title = f"<p>Drafted by {_text(draft)}: {_text(', '.join(lattice['methods']))}</p>"
+  return title + _table(names, rows)
+
+
+def _plot_speed(methods: Mapping[str, Any]) -> str:
+  """Speed-up over greedy against block efficiency, a point a method."""
+  figure, (axes,) = _figure(7, 3.6)
+  for name, entry in methods.items():
+    x, y = entry["block_efficiency"], entry["speedup_over_greedy"]
+    spans = [
+        [[max(value - low, 0)], [max(high - value, 0)]]
+        for value, (low, high) in (
+            (x, entry["block_efficiency_interval"]), (y, entry["speedup_range"])
+        )
+    ]
+    axes.errorbar([x], [y], xerr=spans[0], yerr=spans[1], fmt="o", markersize=4, linewidth=0.7)
+    axes.annotate(name, (x, y), fontsize=6, xytext=(3, 3), textcoords="offset points")
+  axes.axhline(1, color="grey", linewidth=0.7)
+  axes.set(xlabel="block efficiency", ylabel="speed-up over greedy", title="a point a method")
+  axes.grid(alpha=0.3)
+  return _svg(figure)
+
+
 def _svg(figure: Any) -> str:
   """A matplotlib figure as an inline drawing."""
   out = io.StringIO()
@@ -303,7 +382,7 @@ def _plot_efficiency(results: Mapping[str, Any]) -> str:
 
 
 def _plot_heads(analysis: Mapping[str, Any]) -> str:
-  """Recall, entropy and the oracle by head; efficiency by position of plain drafts and the best."""
+  """Recall, entropy and oracle by head; by position the first method and the best."""
   heads = analysis["heads"]
   number = np.arange(1, len(heads["positions"]) + 1)
   figure, (left, middle, oracle, right) = _figure(14, 2.6, 4)
@@ -316,9 +395,8 @@ def _plot_heads(analysis: Mapping[str, Any]) -> str:
   middle.plot(number, heads["entropy"], marker=".")
   middle.set(xlabel="head", title="entropy, nats")
   methods = analysis["methods"]
-  watched = [decode["method"] for decode in analysis["decodes"]]
   ranked = sorted(methods, key=lambda name: -methods[name]["block_efficiency"])
-  for name in dict.fromkeys([*watched, *ranked[:1]]):
+  for name in dict.fromkeys([*list(methods)[:1], *ranked[:1]]):
     places = methods[name]["by_position"]
     right.plot(
         [place["start"] for place in places], [place["block_efficiency"] for place in places],

@@ -60,7 +60,11 @@ class EncoderDecoder(nn.Module):
 
   def embed(self, tokens: Array) -> Array:
     """[batch, length] int32 -> [batch, length, d_model]."""
-    x = jnp.take(self.embedding, tokens, axis=0, mode="clip").astype(self.config.dtype)
+    # Each device looks up its own rows whole: a look-up of parts of the features would be
+    # sent around, rows by rows, to the devices that have the rows.
+    table = self.partitioning.constrain(self.embedding, ("vocab", None))
+    tokens = self.partitioning.constrain(tokens, ("batch", "length"))
+    x = jnp.take(table, tokens, axis=0, mode="clip").astype(self.config.dtype)
     return self.partitioning.constrain(x, ("batch", "length", "embed"))
 
   def encode(self, tokens: Array, mask: Array, is_training: bool = False) -> Array:
