@@ -1,10 +1,14 @@
 """The generator: bad input before anything compiles, and rows that come back in order."""
 
+import dataclasses
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from bpd_jax.decoding.drafters.reference import ReferenceDrafter
+from bpd_jax.decoding.types import Drafter, Lattice
 from bpd_jax.errors import InputError
 from bpd_jax.generation import Generator
 from bpd_jax.model.config import ModelConfig
@@ -85,6 +89,36 @@ def test_rows_come_back_in_order_whatever_the_batch(model):
         assert together.traces[row] == one.traces[0]
       assert len(together.seconds) == len(together.is_warm) == -(-5 // batch_size)
     assert model.generate(PROMPTS, batch_size=8, **options).is_warm == [True]
+
+
+@dataclasses.dataclass(frozen=True)
+class Dice(Drafter):
+  """Drafts what a row's key and the number of its tokens say."""
+
+  depth: int = 3
+
+  def init(self, params, prompt, context):
+    return prompt.keys, jnp.zeros_like(prompt.lengths)
+
+  def start(self, params, state, step, proposed):
+    return state[0], state[1] + step.num_tokens
+
+  def propose(self, params, state, noise, past):
+    throw = lambda key, n: jax.random.randint(jax.random.fold_in(key, n), [3], 2, 64)
+    tokens = jax.vmap(throw)(*state)
+    return Lattice(tokens[..., None], jnp.zeros([*tokens.shape, 1]), 3 + 0 * state[1])
+
+
+def test_keys_are_a_rows_own_whatever_the_batch(model):
+  options = {"max_length": 9, "buckets": (40,)}
+  drafts = lambda found: [[call.draft for call in trace] for trace in found.traces]
+  with jax.enable_x64(True):
+    expected = drafts(model.generate(PROMPTS, Dice(), batch_size=1, seed=3, **options))
+    for batch_size in (2, 5, 8):
+      found = model.generate(PROMPTS, Dice(), batch_size=batch_size, seed=3, **options)
+      assert drafts(found) == expected
+    other = drafts(model.generate(PROMPTS, Dice(), batch_size=8, seed=4, **options))
+  assert len({str(row[0]) for row in expected + other}) == 2 * len(PROMPTS)
 
 
 def test_traces_add_up_to_the_tokens(model):

@@ -267,7 +267,10 @@ class Loop:
       lattice = lattice.replace(num_steps=jnp.where(wants, lattice.num_steps, 0))
     # A drafter may have scores in the model's dtype, too few bits to add and to mask.
     wide = jnp.promote_types(lattice.scores.dtype, jnp.float32)
-    return lattice.replace(scores=lattice.scores.astype(wide))
+    return lattice.replace(
+        tokens=lattice.tokens.astype(jnp.int32), scores=lattice.scores.astype(wide),
+        num_steps=lattice.num_steps.astype(jnp.int32),
+    )
 
 
 def empty_step(hidden: Array, max_depth: int, num_probes: int = 0) -> Step:
