@@ -5,11 +5,14 @@ parameter straight into its sharding, after comparing what is on disk with what
 `model.json` asks for. Both take a path on a local disk, without characters of patterns.
 """
 
+import hashlib
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from flax import traverse_util
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -200,6 +203,48 @@ def read_back(folder: Path, part: Any) -> None:
         np.asarray(wanted).tobytes() != np.asarray(leaf).tobytes()
     ):
       raise InputError("folder", str(folder), "a path that keeps what is written there")
+
+
+def params_fingerprint(params: Any) -> str:
+  """Sixteen hexadecimal digits of the values of parameters, wherever they lie.
+
+  Each leaf is reduced where it lies, in whole numbers, so that no sharding and no order
+  of sums makes a difference; and a leaf of bfloat16 and its copy in float32 are the same.
+
+  Args:
+    params: a tree of dicts.
+  """
+  digest = hashlib.sha256()
+  for name, leaf in sorted(_flatten(params).items()):
+    is_here = isinstance(leaf, np.ndarray) or (
+        leaf.is_fully_addressable and next(iter(leaf.devices())).platform == "cpu"
+    )
+    # What the host has anyway compiles nothing.
+    sums = _leaf_sums(np, np.asarray(leaf)) if is_here else _device_sums(leaf)
+    digest.update(f"{name} {tuple(leaf.shape)} ".encode() + np.asarray(sums, np.uint32).tobytes())
+  return digest.hexdigest()[:16]
+
+
+def _leaf_sums(xp: ModuleType, leaf: Any) -> list[Any]:
+  """Four uint32 of a leaf: sums over its bits, each mixed with its place."""
+  uint32 = xp.uint32
+  wide = leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
+  bits = wide.view(uint32)
+  place = xp.ones([1] * bits.ndim, uint32)
+  for axis, size in enumerate(bits.shape):  # Not flattened, which would gather what is split.
+    along = xp.arange(size, dtype=uint32).reshape([-1] + [1] * (bits.ndim - axis - 1))
+    place = place * uint32(size) + along
+  place = place * uint32(0x9E3779B1)
+  sums = []
+  for salt in (0x85EBCA77, 0xC2B2AE3D, 0x27D4EB2F, 0x165667B1):
+    x = bits + (place ^ uint32(salt))
+    for multiplier in (0x7FEB352D, 0x846CA68B):
+      x = (x ^ (x >> uint32(16))) * uint32(multiplier)
+    sums.append((x ^ (x >> uint32(16))).sum(dtype=uint32))
+  return sums
+
+
+_device_sums = jax.jit(lambda leaf: jnp.stack(_leaf_sums(jnp, leaf)))
 
 
 def check_vocabulary(path: PathLike | None) -> Path | None:

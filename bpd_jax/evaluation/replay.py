@@ -9,7 +9,6 @@ leave greedy's path answer -1, which no draft equals.
 from collections.abc import Sequence
 import dataclasses
 import functools
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.progress import track
 
+from bpd_jax.checkpoints import params_fingerprint
 from bpd_jax.decoding import tree as trees
 from bpd_jax.decoding.accept import ExactMatch, NothingPasses
 from bpd_jax.decoding.loop import DecodeState, Loop
@@ -117,17 +117,6 @@ def load_recording(path: str | Path, generator: Generator) -> Recording:
         "recording", f"{path} of checkpoint {recording.fingerprint}", f"one of {wanted}"
     )
   return recording
-
-
-def params_fingerprint(params: Any) -> str:
-  """Sixteen hexadecimal digits of all parameters."""
-  digest = hashlib.sha256()
-  for path, leaf in sorted(
-      jax.tree_util.tree_leaves_with_path(params), key=lambda x: jax.tree_util.keystr(x[0])
-  ):
-    digest.update(jax.tree_util.keystr(path).encode())
-    digest.update(np.ascontiguousarray(np.asarray(leaf)).tobytes())
-  return digest.hexdigest()[:16]
 
 
 def record(
