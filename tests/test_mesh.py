@@ -37,7 +37,7 @@ params = init_params(config, single_device(), jax.random.key(7))
 params = jax.tree.map(lambda leaf: leaf * (3 if leaf.ndim > 1 else 1), params)
 save_model(folder / "base", config, params, folder / "tokenizer_config.json")
 mesh = {"DATA_PARALLEL": 2, "FSDP": -1, "MODEL_PARALLEL": 2}
-steps = {"STEPS": 4, "SAVE_EVERY": 4, "LOG_EVERY": 2, "NUM_DECODED": 2, "BATCH_SIZE": 8}
+steps = {"STEPS": 6, "SAVE_EVERY": 6, "LOG_EVERY": 2, "NUM_DECODED": 2, "BATCH_SIZE": 8}
 assert run(arguments(folder, folder / "joint", FILES, EVALUATE_EVERY=0, **steps, **mesh)) == 0
 for name, places in (("one", {}), ("many", mesh)):
   for mode in ("heads_only", "distill"):

@@ -142,10 +142,10 @@ def test_ngrams_of_another_start_or_end_are_refused(tmp_path):
       "\\data\\\nngram 1=3\n\n\\1-grams:\n-99\t<s>\n-0.3\t</s>\n-0.3\t5\n\n\\end\\\n"
   )
   source = NgramSource(str(path))
-  assert source.make(bpd_jax.Generator(CONFIG, None), 8).scorer.start_id == 0
+  assert source.make(bpd_jax.Generator(CONFIG, None)).scorer.start_id == 0
   for changes, name in (({"start_id": 3}, "start_id"), ({"eos_id": 2}, "eos_id")):
     with pytest.raises(InputError, match=rf"one.arpa {name} = [01]: allowed is [23], the model"):
-      source.make(bpd_jax.Generator(CONFIG.replace(**changes), None), 8)
+      source.make(bpd_jax.Generator(CONFIG.replace(**changes), None))
 
 
 def test_configs_from_before_there_was_a_start_id():
