@@ -20,7 +20,13 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache as jax_cache
 import pytest
 
-from bpd_jax.compilation_cache import environment_of, FOLDER_VARIABLE, open_folder, set_folder
+from bpd_jax.compilation_cache import (
+  environment_of,
+  FOLDER_VARIABLE,
+  make_room,
+  open_folder,
+  set_folder,
+)
 
 # Most of the tests' time is compiling, so what one compiled isn't compiled again: by it, by
 # processes that it starts, by other tests, or by the next run.
@@ -46,6 +52,20 @@ def pytest_configure(config):
   given = os.environ.get("XLA_FLAGS", "")
   more = [f"--{name}={value}" for name, value in flags.items() if f"--{name}=" not in given]
   os.environ["XLA_FLAGS"] = " ".join([*given.split(), *more])
+
+
+def pytest_collection_finish():
+  """Rarely looks for garbage, of which tracing makes little, and never among what imports made."""
+  gc.collect()
+  gc.freeze()
+  gc.set_threshold(50_000, 20, 50)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def room():
+  """Files of tests leave their programs to the next, while there is room for more."""
+  yield
+  make_room()
 
 
 @pytest.fixture(autouse=True)
