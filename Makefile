@@ -31,9 +31,11 @@ demo: install
 	$(BIN)/python -m bpd_jax.decode --checkpoint experiments/docstrings/model --show-drafts \
 	  --file experiments/docstrings/prompt.jsonl --field inputs
 
-# Compiling takes one core; the files of the tests share two.
+# Compiling takes one core; the files of the tests share two, the longest first.
+SHARED := -n 2 --dist loadfile --no-loadscope-reorder
+
 test: install
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest $(SHARED)
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow
@@ -45,7 +47,7 @@ test-newest:
 	.venv-newest/bin/pip install --quiet --disable-pip-version-check --no-compile --upgrade \
 	  --upgrade-strategy eager -e '.[cpu,test-core]'
 	.venv-newest/bin/python -c 'from bpd_jax import environment; print(environment.versions())'
-	.venv-newest/bin/python -m pytest -n 2 --dist loadfile -m "" $(CORE)
+	.venv-newest/bin/python -m pytest $(SHARED) -m "" $(CORE)
 
 mutate: install
 	$(BIN)/python tests/mutate.py

@@ -49,7 +49,7 @@ EXTRAS = {
     ],
 }
 # Tests of the core; `make test-newest` has these alone.
-EXTRAS["test-core"] = ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6"]
+EXTRAS["test-core"] = ["pytest>=8", "pytest-xdist>=3.7", "hypothesis>=6"]
 EXTRAS["test"] = [
     *EXTRAS["test-core"], "ruff",
     # kenlm is built by a C++ compiler; tests that compare with it are skipped without.

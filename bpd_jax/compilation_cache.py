@@ -120,3 +120,24 @@ def processor_fingerprint(account: Path = Path("/proc/cpuinfo")) -> str:
   known = [f"{name} {fields[name]}" for name in sorted(_CPU_FIELDS & set(fields))]
   words = [platform.machine(), *(known or [platform.node()])]
   return hashlib.sha256("\n".join(words).encode()).hexdigest()[:16]
+
+
+def make_room(
+    maps: Path = Path("/proc/self/maps"), limit: Path = Path("/proc/sys/vm/max_map_count")
+) -> None:
+  """Drops what this process compiled if there is little room left for more.
+
+  On a CPU a loop of decoding is some 400 mappings of memory, and 150 of those are all that
+  Linux lets a process have by default. Up to half of that stays, to be used again.
+
+  Args:
+    maps: a line for each mapping of this process.
+    limit: how many it may have. Without these two files everything is dropped.
+  """
+  try:
+    with maps.open("rb") as lines:
+      has_room = sum(1 for _ in lines) <= int(limit.read_text()) // 2
+  except OSError:
+    has_room = False
+  if not has_room:
+    jax.clear_caches()

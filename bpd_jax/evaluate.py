@@ -19,7 +19,6 @@ import sys
 from typing import Any
 
 import gin
-import jax
 import numpy as np
 from rich.progress import (
   BarColumn,
@@ -29,6 +28,7 @@ from rich.progress import (
 )
 
 from bpd_jax.checkpoints import load_config
+from bpd_jax.compilation_cache import make_room
 from bpd_jax.data.batches import cut_inputs
 from bpd_jax.data.jsonl import JsonlTask
 from bpd_jax.data.rows import rows_fingerprint, RowsTask
@@ -286,17 +286,14 @@ def _evaluate_task(
     scoring, tuned = _choose_weights(
         model, task.name, own.tuning_prompts, how, input_length, progress
     )
-  # Where measuring is all there is, tasks share its programs.
-  if tuned:
-    _forget_programs()
+  make_room()
   with _naming_rows(own.places):
     measured = measure_methods(
         model, own.prompts, how.methods, max_decode_length=how.max_decode_length,
         batch_size=how.batch_size, repeats=how.repeats, progress=progress, label=task.name,
         scoring=scoring,
     )
-  if tuned or how.has_report:
-    _forget_programs()
+  make_room()
   live = {name: measurement.generation for name, measurement in measured.items()}
   analysis = None
   if how.has_report:
@@ -304,7 +301,7 @@ def _evaluate_task(
         model, own.prompts, live[GREEDY.name], how.max_decode_length, input_length=input_length
     )
     analysis = analyse_task(model, recording, how.methods, scoring, live)
-    _forget_programs()
+    make_room()
   _write_outputs(folder, task.name, own.rows, live)
   found = {
       "results": {
@@ -366,15 +363,6 @@ def _check_names(tasks: Sequence[Task], methods: Sequence[Method]) -> None:
     raise InputError("names", sorted(files), "TASK.METHOD that differ, as files are called so")
   for task in tasks:
     check_metric(task.name, task.main_metric)
-
-
-def _forget_programs() -> None:
-  """Drops what was compiled, for the next phase runs other programs.
-
-  On a CPU each is some 400 mappings of memory, and 150 of them are all that Linux lets a
-  process have by default.
-  """
-  jax.clear_caches()
 
 
 def _choose_weights(

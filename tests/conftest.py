@@ -6,6 +6,13 @@ import os
 from pathlib import Path
 import sys
 
+# Files of tests that take longest. They begin first, so that processes that share the tests
+# end together.
+LONGEST = (
+    "exactness", "step", "huggingface", "evaluate", "scoring", "tuning", "finite",
+    "rescored_model", "loop_training", "train", "train_modes", "train_input", "journey",
+    "benchmark", "prepare", "plan",
+)
 RUNS = Path(__file__).resolve().parent.parent / "runs"
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -20,7 +27,13 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache as jax_cache
 import pytest
 
-from bpd_jax.compilation_cache import environment_of, FOLDER_VARIABLE, open_folder, set_folder
+from bpd_jax.compilation_cache import (
+  environment_of,
+  FOLDER_VARIABLE,
+  make_room,
+  open_folder,
+  set_folder,
+)
 
 # Most of the tests' time is compiling, so what one compiled isn't compiled again: by it, by
 # processes that it starts, by other tests, or by the next run.
@@ -46,6 +59,30 @@ def pytest_configure(config):
   given = os.environ.get("XLA_FLAGS", "")
   more = [f"--{name}={value}" for name, value in flags.items() if f"--{name}=" not in given]
   os.environ["XLA_FLAGS"] = " ".join([*given.split(), *more])
+
+
+def pytest_collection_modifyitems(items):
+  place = {f"test_{name}.py": i for i, name in enumerate(LONGEST)}
+  items.sort(key=lambda item: place.get(item.path.name, len(place)))
+
+
+def pytest_collection_finish():
+  """Rarely looks for garbage, of which tracing makes little, and never among what imports made."""
+  gc.collect()
+  gc.freeze()
+  gc.set_threshold(50_000, 20, 50)
+
+
+def pytest_unconfigure():
+  """What is left goes with the process; pytest would look through it five times."""
+  gc.freeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def room():
+  """Files of tests leave their programs to the next, while there is room for more."""
+  yield
+  make_room()
 
 
 @pytest.fixture(autouse=True)
@@ -80,6 +117,10 @@ def train_rows(tmp_path_factory):
 
 @pytest.fixture
 def leftovers():
-  """Collects, before the next test, what Orbax leaves of an array that it can't read."""
+  """Collects, before the next test, what Orbax leaves of an array that it can't read.
+
+  What was there before the test isn't looked through.
+  """
+  gc.freeze()
   yield
   gc.collect()

@@ -13,7 +13,12 @@ from jax.experimental.compilation_cache import compilation_cache as jax_cache
 import pytest
 
 from bpd_jax import compilation_cache, launch
-from bpd_jax.compilation_cache import keep_programs, open_folder, processor_fingerprint
+from bpd_jax.compilation_cache import (
+  keep_programs,
+  make_room,
+  open_folder,
+  processor_fingerprint,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = ("benchmark.__main__", "decode", "evaluate", "export", "import_checkpoint", "ngram",
@@ -193,3 +198,14 @@ def test_help_of_a_command_that_keeps_nothing_names_none(capsys):
   with pytest.raises(SystemExit):
     launch.read_gin(["--help"], "program", "does", has_cache=False)
   assert "kept" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("num_maps, stays", [(4, True), (5, False), (None, False)])
+def test_programs_are_dropped_where_there_is_little_room_for_more(tmp_path, num_maps, stays):
+  double = jax.jit(lambda x: 2 * x)
+  double(1)
+  (tmp_path / "limit").write_text("9\n")
+  if num_maps is not None:
+    (tmp_path / "maps").write_text("7f00-7f01 r-xp\n" * num_maps)
+  make_room(tmp_path / "maps", tmp_path / "limit")
+  assert double._cache_size() == stays

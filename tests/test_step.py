@@ -58,36 +58,42 @@ def random_batch(rows, lengths=(9, 7), seed=0, segments=1, vocab_size=40):
   return assemble([[example() for _ in range(segments)] for _ in range(rows)], *lengths)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def decoder_states(config, params, batch):
+  """[batch, length, d_model], by the model's public methods."""
+  apply = functools.partial(EncoderDecoder(config, single_device()).apply, {"params": params})
+  mask = batch["encoder_segment_ids"] > 0
+  encoded = apply(batch["encoder_input_tokens"], mask, method="encode")
+  return apply(encoded, mask, batch["decoder_input_tokens"], method="decode")
+
+
 def plain_loss(config, params, batch, loss):
   """The loss by the model's public methods and Python loops over unpacked rows."""
-  model = EncoderDecoder(config, single_device())
-  mask = batch["encoder_segment_ids"] > 0
-  apply = lambda *args, method: model.apply({"params": params}, *args, method=method)
-  encoded = apply(batch["encoder_input_tokens"], mask, method="encode")
-  hidden = apply(encoded, mask, batch["decoder_input_tokens"], method="decode")
+  hidden = decoder_states(config, params, batch)
+  apply = functools.partial(EncoderDecoder(config, single_device()).apply, {"params": params})
   logits = apply(hidden, method="logits")[:, :, None]
   if config.block_size > 1:
     logits = jnp.concatenate([logits, apply(hidden, method="head_logits")], axis=2)
   log_probs = jax.nn.log_softmax(logits)
   log_z = jax.nn.logsumexp(logits, axis=-1)
-  total, vocab, label_smoothing = 0.0, config.vocab_size, loss.label_smoothing
+  vocab, label_smoothing = config.vocab_size, loss.label_smoothing
+  # What each head should say, nothing where no token is, and what head 1 shouldn't.
+  wanted, unwanted = np.zeros(logits.shape), np.zeros(logits.shape)
   lengths = (batch["decoder_segment_ids"] > 0).sum(axis=1)
   for i in range(config.block_size):
-    head, count = 0.0, 0
     for row, length in enumerate(lengths):
+      targets = batch["decoder_target_tokens"][row].tolist()
       for t in range(length - i):
-        target = batch["decoder_target_tokens"][row, t + i]
-        q = np.full(vocab, label_smoothing / (vocab - 1))
-        q[target] = 1 - label_smoothing
-        entropy = -np.sum(q[q > 0] * np.log(q[q > 0]))
-        head += -jnp.sum(q * log_probs[row, t, i]) - entropy
-        head += loss.z_loss * log_z[row, t, i] ** 2
-        count += 1
+        wanted[row, t, i] = label_smoothing / (vocab - 1)
+        wanted[row, t, i, targets[t + i]] = 1 - label_smoothing
         if i == 0:
-          for token in {*batch["decoder_target_tokens"][row, :t].tolist()} - {int(target)}:
-            head -= loss.unlikelihood * jnp.log1p(-jnp.exp(log_probs[row, t, 0, token]))
-    total += loss.weights(config.block_size)[i] * head / count
-  return total
+          unwanted[row, t, i, list({*targets[:t]} - {targets[t]})] = 1
+  losses = -wanted * log_probs + wanted * np.log(np.where(wanted > 0, wanted, 1))
+  losses -= loss.unlikelihood * unwanted * jnp.log1p(-jnp.exp(log_probs))
+  is_counted = wanted.any(axis=-1)
+  heads = jnp.sum(losses, axis=-1) + loss.z_loss * is_counted * log_z**2
+  means = jnp.sum(heads, axis=(0, 1)) / is_counted.sum(axis=(0, 1))
+  return jnp.sum(np.array(loss.weights(config.block_size)) * means)
 
 
 @functools.cache
@@ -174,19 +180,16 @@ def test_of_own_outputs_only_repetitions_count():
 
   def plain(params):
     model, rest = EncoderDecoder(config, single_device()), slice(2, None)
-    mask = batch["encoder_segment_ids"][rest] > 0
-    apply = functools.partial(model.apply, {"params": params})
-    encoded = apply(batch["encoder_input_tokens"][rest], mask, method="encode")
-    hidden = apply(encoded, mask, batch["decoder_input_tokens"][rest], method="decode")
-    probs = jax.nn.softmax(apply(hidden, method="logits"))
-    total, number = 0.0, 0
+    hidden = decoder_states(config, params, {name: rows[rest] for name, rows in batch.items()})
+    log_probs = jax.nn.log_softmax(model.apply({"params": params}, hidden, method="logits"))
+    ends = np.zeros(log_probs.shape)
     for row, tokens in enumerate(batch["decoder_target_tokens"][rest].tolist()):
       for t in range(2, (batch["decoder_segment_ids"][2 + row] > 0).sum()):
         gram = tokens[t - 2 : t + 1]
         if any(tokens[s - 2 : s + 1] == gram for s in range(2, t)):
-          total -= jnp.log1p(-probs[row, t, tokens[t]])
-          number += 1
-    assert number > 2
+          ends[row, t, tokens[t]] = 1
+    assert ends.sum() > 2
+    total = -jnp.sum(ends * jnp.log1p(-jnp.exp(log_probs)))
     count = (texts["decoder_segment_ids"] > 0).sum()
     return plain_loss(config, params, texts, loss) + loss.unlikelihood * total / count
 
@@ -251,7 +254,7 @@ def test_accumulation_is_one_batch():
 def test_metrics_count_what_heads_get_right():
   config = CONFIG.with_dtype("float64")
   params, batch = random_params(config), random_batch(4)
-  logits = EncoderDecoder(config, single_device()).apply(
+  logits = jax.jit(EncoderDecoder(config, single_device()).apply)(
       {"params": params}, batch["encoder_input_tokens"], batch["encoder_segment_ids"] > 0,
       batch["decoder_input_tokens"],
   )
@@ -300,11 +303,7 @@ def test_a_frozen_base_stays_bit_for_bit(mode):
 def test_heads_learn_the_same_from_cached_states():
   config = CONFIG.with_dtype("float64")
   params, batch = random_params(config), random_batch(4)
-  model = EncoderDecoder(config, single_device())
-  mask = batch["encoder_segment_ids"] > 0
-  apply = lambda *args, method: model.apply({"params": params}, *args, method=method)
-  encoded = apply(batch["encoder_input_tokens"], mask, method="encode")
-  hidden = apply(encoded, mask, batch["decoder_input_tokens"], method="decode")
+  hidden = decoder_states(config, params, batch)
   states = {name: x for name, x in batch.items() if not name.startswith("encoder")}
   grads, _ = gradients(config, params, batch, mode="heads_only")
   cached, _ = gradients(config, params, {**states, "hidden": hidden}, mode="heads_only")

@@ -301,8 +301,8 @@ def test_heads_train_on_the_models_own_special_ids(rows, tmp_path):
   model = EncoderDecoder(config, single_device())
   apply = lambda *args, method: model.apply({"params": params}, *args, method=method)
   mask = np.ones_like(tokens, bool)
-  hidden = apply(
+  hidden = jax.jit(lambda tokens, mask, decoder_inputs: apply(
       apply(tokens, mask, method="encode"), mask, decoder_inputs, method="decode"
-  )
+  ))(tokens, mask, decoder_inputs)
   np.testing.assert_allclose(states.states(place), hidden[0], atol=1e-5)
   assert load_model(workdir / "model", single_device())[0].special_ids == config.special_ids

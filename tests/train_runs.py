@@ -1,11 +1,13 @@
 """Tiny runs of `python -m bpd_jax.train`, in this process or in one of their own."""
 
+import functools
 import json
 import os
 from pathlib import Path
 import random
 import subprocess
 import sys
+from unittest import mock
 
 import gin
 import jax
@@ -26,6 +28,10 @@ SIZES = {
     "ModelConfig.num_decoder_layers": 1, "ModelConfig.head_d_ff": 16,
 }
 LENGTHS = {"BATCH_SIZE": 4, "INPUT_LENGTH": 8, "TARGET_LENGTH": 12, "WARMUP_STEPS": 4}
+
+
+# Runs of one description in one process have one step, so that it is traced once for all.
+SHARED_STEP = functools.lru_cache(train.Step)
 
 
 def write_rows(folder, num_rows=40):
@@ -65,7 +71,8 @@ def arguments(rows, workdir, files=FILES, **values):
 def run(argv, main=train.main):
   """Runs a command in this process; its exit status."""
   try:
-    launch.run(main, argv)
+    with mock.patch.object(train, "Step", SHARED_STEP):
+      launch.run(main, argv)
   except SystemExit as ended:
     return ended.code or 0
   finally:

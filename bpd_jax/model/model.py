@@ -153,6 +153,14 @@ def init_boxed(config: ModelConfig, partitioning: Partitioning, key: Array) -> A
 
 def abstract_params(config: ModelConfig, partitioning: Partitioning) -> Any:
   """Shapes and dtypes with shardings, a tree of `jax.ShapeDtypeStruct`."""
+  shapes = _abstract_params(config, partitioning, jax.config.jax_enable_x64)
+  # Dicts of the caller's own.
+  return jax.tree.map(lambda leaf: leaf, shapes)
+
+
+@functools.lru_cache
+def _abstract_params(config: ModelConfig, partitioning: Partitioning, has_x64: bool) -> Any:
+  """Traced once for all who ask; without `has_x64` 64 bits become 32."""
   boxed = jax.eval_shape(lambda: init_boxed(config, partitioning, jax.random.key(0)))
   return jax.tree.map(
       lambda leaf: jax.ShapeDtypeStruct(
