@@ -33,6 +33,7 @@ from bpd_jax.programs import (
     START,
     VIEW,
 )
+from bpd_jax.terminal import track
 from bpd_jax.vocabulary import load_vocabulary, Vocabulary
 
 INPUT_BUCKETS = (32, 64, 128, 256, 512, 1024, 2048)
@@ -244,7 +245,7 @@ class Generator:
     done: dict[int, tuple] = {}
     seconds, is_warm = [], []
     key = jax.random.key(seed)
-    for number, batch in enumerate(_progress(batches, has_progress)):
+    for number, batch in enumerate(track(batches, "decode", is_shown=has_progress)):
       before, began = self.num_compilations, time.perf_counter()
       state = self._decode_rows(
           settings, batch, rows, limits, references, buckets, batch_size,
@@ -452,12 +453,3 @@ def read_row(state: dict[str, Any], slot: int) -> tuple[np.ndarray, int, list[Ca
     )
     start = end
   return tokens, calls, trace
-
-
-def _progress(batches, is_shown: bool):
-  """The batches, behind a progress bar where asked for."""
-  if not is_shown:
-    return batches
-  from rich.progress import track
-
-  return track(batches, description="decode")
