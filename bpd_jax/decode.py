@@ -19,7 +19,7 @@ from rich.text import Text
 from bpd_jax.data.jsonl import decode_text, parse_jsonl, read_text, text_lines
 from bpd_jax.errors import InputError
 from bpd_jax.folders import local_path
-from bpd_jax.generation import Call, Generation, load, NotFinite
+from bpd_jax.generation import Call, Generation, load, naming_prompts
 from bpd_jax.launch import Parser, run
 from bpd_jax.terminal import plain_console
 from bpd_jax.vocabulary import Vocabulary
@@ -202,13 +202,11 @@ def main(argv: Sequence[str]) -> None:
   model = load(args.checkpoint, dtype=args.dtype)
   names, prompts = [*prompts], [*prompts.values()]
   rows = model.encode_prompts(prompts, names=names)
-  try:
+  with naming_prompts(names):
     generation = model.generate(
         rows, args.method, block_size=args.block_size, verify_width=args.verify_width,
         max_length=args.max_length, batch_size=min(args.batch_size, len(prompts)),
     )
-  except NotFinite as error:
-    raise error.among(names) from error
   console = plain_console(soft_wrap=True)
   if args.show_drafts:
     console.print(LEGEND, style="dim")

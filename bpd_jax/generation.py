@@ -5,7 +5,8 @@ one of a few input lengths, and decodes each batch in one compiled loop. Every
 method gives greedy's tokens unless an approximate acceptance rule is asked for.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+import contextlib
 import dataclasses
 import time
 from typing import Any
@@ -55,6 +56,19 @@ class NotFinite(InputError):
   def among(self, names: Sequence[str]) -> "NotFinite":
     """The same error, where the prompts have names."""
     return NotFinite(self.row, self.call, self._what, self.allowed, names[self.row])
+
+  def of(self, row: int) -> "NotFinite":
+    """The same error of a row that was decoded by itself."""
+    return NotFinite(row, self.call, self._what, self.allowed)
+
+
+@contextlib.contextmanager
+def naming_prompts(names: Sequence[str]) -> Iterator[None]:
+  """Says in a NotFinite which prompt it is; one name a prompt."""
+  try:
+    yield
+  except NotFinite as error:
+    raise error.among(names) from error
 
 
 @dataclasses.dataclass(frozen=True)

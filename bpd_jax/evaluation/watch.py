@@ -20,7 +20,7 @@ from bpd_jax.decoding.rescoring import RescorerParams, Scoring
 from bpd_jax.decoding.types import Prompt
 from bpd_jax.evaluation.analysis import first_path
 from bpd_jax.evaluation.replay import Recording, replay
-from bpd_jax.generation import Call, Generator
+from bpd_jax.generation import Call, Generator, NotFinite
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,9 +67,15 @@ def watch(
     row: of the recording.
     scoring: as of `Generator.generate`.
     **options: as of `replay`.
+
+  Raises:
+    NotFinite: naming the row, as `replay` does.
   """
   one = recording.rows([row])
-  decoded = replay(generator, one, scoring=scoring, batch_size=1, **options)
+  try:
+    decoded = replay(generator, one, scoring=scoring, batch_size=1, **options)
+  except NotFinite as error:
+    raise error.of(row) from error
   settings = generator.settings(
       **{"method": "blockwise", "max_length": one.tokens.shape[1]} | options, scoring=scoring
   )
