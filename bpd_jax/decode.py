@@ -19,7 +19,7 @@ from rich.text import Text
 from bpd_jax.data.jsonl import decode_text, parse_jsonl, read_text, text_lines
 from bpd_jax.errors import InputError
 from bpd_jax.folders import local_path
-from bpd_jax.generation import Call, Generation, load, NotFinite
+from bpd_jax.generation import Call, Generation, load, naming_prompts
 from bpd_jax.launch import Parser, run
 from bpd_jax.partitioning import make_partitioning, Partitioning, single_device
 from bpd_jax.terminal import plain_console
@@ -228,12 +228,10 @@ def main(argv: Sequence[str]) -> None:
     method = model.heads(args.block_size)
   # The last batch is filled; what divides over the mesh is said by its name.
   batch_size = min(args.batch_size, partitioning.round_batch(len(prompts)))
-  try:
+  with naming_prompts(names):
     generation = model.generate(
         rows, method, max_length=args.max_length, batch_size=batch_size
     )
-  except NotFinite as error:
-    raise error.among(names) from error
   console = plain_console(soft_wrap=True)
   if args.show_drafts:
     console.print(LEGEND, style="dim")

@@ -12,7 +12,7 @@ import numpy as np
 
 from bpd_jax.data.batches import cut_inputs, Dataset
 from bpd_jax.data.token_cache import TokenCache, write_cache
-from bpd_jax.generation import Generator, INPUT_BUCKETS, NotFinite
+from bpd_jax.generation import Generator, INPUT_BUCKETS, naming_prompts
 from bpd_jax.training.metrics import shown
 
 # Examples in a part; a run that is killed loses one part at most.
@@ -70,13 +70,11 @@ def distil(
 
   def pairs(part: Sequence[int]) -> Iterator[tuple[list[int], list[int]]]:
     inputs = [cut_inputs(dataset[i][0], input_length, eos_id).tolist() for i in part]
-    try:
+    with naming_prompts([f"{dataset.name} example {i}" for i in part]):
       out = generator.generate(
           inputs, "greedy", max_length=target_length, batch_size=batch_size,
           buckets=(*INPUT_BUCKETS, input_length),
       )
-    except NotFinite as error:
-      raise error.among([f"{dataset.name} example {i}" for i in part]) from error
     yield from zip(inputs, (row.tolist() for row in out.tokens))
 
   parts = []

@@ -7,8 +7,7 @@ Prints a table, and writes `results.json` and each method's outputs as JSONL;
 docs/reading_results.md says what the figures mean.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-import contextlib
+from collections.abc import Mapping, Sequence
 import dataclasses
 import importlib.util
 import itertools
@@ -55,7 +54,7 @@ from bpd_jax.generation import (
   input_bucket,
   INPUT_BUCKETS,
   load,
-  NotFinite,
+  naming_prompts,
 )
 from bpd_jax.launch import read_gin, run
 from bpd_jax.partitioning import Partitioning
@@ -282,12 +281,12 @@ def _evaluate_task(
   if path.exists():
     progress.console.print(f"{task.name}: evaluated before it was cut off")
     return read_object(path)
-  with _naming_rows(own.tuning_places):
+  with naming_prompts(own.tuning_places):
     scoring, tuned = _choose_weights(
         model, task.name, own.tuning_prompts, how, input_length, progress
     )
   make_room()
-  with _naming_rows(own.places):
+  with naming_prompts(own.places):
     measured = measure_methods(
         model, own.prompts, how.methods, max_decode_length=how.max_decode_length,
         batch_size=how.batch_size, repeats=how.repeats, progress=progress, label=task.name,
@@ -300,7 +299,9 @@ def _evaluate_task(
     recording = record(
         model, own.prompts, live[GREEDY.name], how.max_decode_length, input_length=input_length
     )
-    analysis = analyse_task(model, recording, how.methods, scoring, live)
+    # Drafts are made after every prefix, those too that decoding passed over.
+    with naming_prompts(own.places):
+      analysis = analyse_task(model, recording, how.methods, scoring, live)
     make_room()
   _write_outputs(folder, task.name, own.rows, live)
   found = {
@@ -338,15 +339,6 @@ def _evaluate_task(
   with new_file(path) as partial:
     write_object(partial, found)
   return read_object(path)
-
-
-@contextlib.contextmanager
-def _naming_rows(places: Sequence[str]) -> Iterator[None]:
-  """Says where the row stands in which decoding some rows fails."""
-  try:
-    yield
-  except NotFinite as error:
-    raise error.among(places) from error
 
 
 def _check_names(tasks: Sequence[Task], methods: Sequence[Method]) -> None:

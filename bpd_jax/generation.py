@@ -5,7 +5,8 @@ one of a few input lengths, and decodes each batch in one compiled loop. Every
 method gives greedy's tokens unless an approximate acceptance rule is asked for.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+import contextlib
 import dataclasses
 import time
 from typing import Any
@@ -35,6 +36,7 @@ from bpd_jax.programs import (
     VIEW,
 )
 from bpd_jax.reader import heads_drafter, ModelReader
+from bpd_jax.terminal import track
 from bpd_jax.vocabulary import load_vocabulary, Vocabulary
 
 INPUT_BUCKETS = (32, 64, 128, 256, 512, 1024, 2048)
@@ -58,6 +60,15 @@ class NotFinite(InputError):
   def among(self, names: Sequence[str]) -> "NotFinite":
     """The same error, where the prompts have names."""
     return NotFinite(self.row, self.call, self._what, self.allowed, names[self.row])
+
+
+@contextlib.contextmanager
+def naming_prompts(names: Sequence[str]) -> Iterator[None]:
+  """Says in a NotFinite which prompt it is; one name a prompt."""
+  try:
+    yield
+  except NotFinite as error:
+    raise error.among(names) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,7 +237,7 @@ class Generator:
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     done: dict[int, tuple] = {}
     seconds, is_warm = [], []
-    for batch in _progress(batches, has_progress):
+    for batch in track(batches, "decode", is_shown=has_progress):
       before, began = self.num_compilations, time.perf_counter()
       state = self._decode_rows(
           settings, params, batch, rows, limits, references, buckets, batch_size, max_length,
@@ -489,12 +500,3 @@ def read_row(state: dict[str, Any], slot: int) -> tuple[np.ndarray, int, list[Ca
     ))
     start = end
   return tokens, calls, trace
-
-
-def _progress(batches, is_shown: bool):
-  """The batches, behind a progress bar where asked for."""
-  if not is_shown:
-    return batches
-  from rich.progress import track
-
-  return track(batches, description="decode")

@@ -28,9 +28,13 @@ def description_column(width: int = 1) -> TextColumn:
 
 
 def track(
-    items: Iterable[Any], description: str, console: Console | None = None
+    items: Iterable[Any], description: str, console: Console | None = None, *,
+    is_shown: bool = True,
 ) -> Iterator[Any]:
-  """Items behind a progress bar."""
+  """Items, behind a progress bar where asked for."""
+  if not is_shown:
+    yield from items
+    return
   columns = (
       description_column(), BarColumn(), TaskProgressColumn(),
       TimeRemainingColumn(elapsed_when_finished=True),

@@ -12,6 +12,7 @@ from test_loop import make_rows, MAX_LENGTH, MODEL, NoisyDrafter
 
 from bpd_jax import decode
 from bpd_jax.checkpoints import save_model
+from bpd_jax.data.datasets import open_task
 from bpd_jax.data.jsonl import JsonlTask
 from bpd_jax.decoding import accept, loop
 from bpd_jax.decoding.drafters.reference import ReferenceDrafter
@@ -22,10 +23,16 @@ from bpd_jax.decoding.search import SearchSettings
 from bpd_jax.decoding.types import Params, Prompt
 from bpd_jax.evaluate import evaluate
 from bpd_jax.evaluation.replay import record, replay
+from bpd_jax.evaluation.run import Method
+from bpd_jax.evaluation.validation import Evaluation, Validation
+from bpd_jax.evaluation.watch import watch
 from bpd_jax.generation import Generator, NotFinite
 from bpd_jax.model.config import ModelConfig
 from bpd_jax.model.model import init_params
 from bpd_jax.partitioning import single_device
+from bpd_jax.training.optimizer import Optimizer
+from bpd_jax.training.step import Step
+from bpd_jax.vocabulary import open_vocabulary
 
 NAN, INF = float("nan"), float("inf")
 # What 0 × inf gives on x86; a sort puts it below all numbers.
@@ -34,6 +41,7 @@ CONFIG = ModelConfig(
     vocab_size=64, d_model=16, d_ff=32, d_kv=8, num_heads=2, num_encoder_layers=1,
     num_decoder_layers=2, block_size=4, head_d_ff=24,
 )
+BYTES = CONFIG.replace(vocab_size=384)
 OPTIONS = {"max_length": 12, "batch_size": 4, "buckets": (16,)}
 # Longer and shorter ones, so that slots of a batch aren't prompts in order.
 PROMPTS = [[20] * 9, [21], [22] * 12, [23] * 4, [24] * 7]
@@ -292,33 +300,41 @@ def test_replay_says_so_too(params):
   broken = Generator(CONFIG, changed(params, "heads/w1", (0, 1, 1), NAN))
   with pytest.raises(NotFinite, match=r"^prompts\[0\], call 2: a head's largest logit"):
     replay(broken, recording, batch_size=8)
+  with pytest.raises(NotFinite, match=r"^prompts\[3\], call 2: a head's largest logit"):
+    watch(broken, recording, 3)
 
 
-def test_decode_names_the_prompts_line(params, tmp_path, capsys):
-  config = CONFIG.replace(vocab_size=384)
+def test_decode_names_the_prompts_line(params, bytes_vocabulary, tmp_path):
   params = {**params, "embedding": np.full([384, 16], NAN, np.float32),
             "logits_kernel": np.ones([16, 384], np.float32)}
-  vocabulary = tmp_path / "tokenizer_config.json"
-  vocabulary.write_text('{"tokenizer_class": "ByT5Tokenizer"}')
-  save_model(tmp_path / "model", config, params, vocabulary)
+  save_model(tmp_path / "model", BYTES, params, bytes_vocabulary)
   (tmp_path / "p.txt").write_text("\na\n")
   with pytest.raises(NotFinite, match=r"p\.txt:2, call 1: the base model's largest logit"):
     decode.main(["--checkpoint", str(tmp_path / "model"), "--file", str(tmp_path / "p.txt"),
                  "--max-length", "4"])
 
 
-def test_evaluate_names_the_tasks_row(params, tmp_path):
-  config = CONFIG.replace(vocab_size=384)
+@pytest.fixture
+def bytes_vocabulary(tmp_path):
+  """A file that makes texts bytes, whose ids are those plus 3."""
+  path = tmp_path / "tokenizer_config.json"
+  path.write_text('{"tokenizer_class": "ByT5Tokenizer"}')
+  return path
+
+
+@pytest.fixture
+def bad_tilde(params):
+  """Parameters of `BYTES` that are NaN where a ~ is read, which they never write."""
   rng = np.random.default_rng(1)
   wide = lambda shape: rng.standard_normal(shape).astype(np.float32)
   params = {**params, "embedding": wide([384, 16]), "logits_kernel": wide([16, 384])}
-  # ByT5's ids are bytes plus 3.
   params = changed(params, "embedding", (ord("~") + 3, 0), NAN)
-  # It never writes that byte.
   params["logits_kernel"][:, ord("~") + 3] = 0
-  vocabulary = tmp_path / "tokenizer_config.json"
-  vocabulary.write_text('{"tokenizer_class": "ByT5Tokenizer"}')
-  save_model(tmp_path / "model", config, params, vocabulary)
+  return params
+
+
+def test_evaluate_names_the_tasks_row(bad_tilde, bytes_vocabulary, tmp_path):
+  save_model(tmp_path / "model", BYTES, bad_tilde, bytes_vocabulary)
   rows = tmp_path / "rows.jsonl"
   rows.write_text('{"inputs": "a text"}\n{"inputs": "b"}\n{"inputs": "a ~"}\n')
   with pytest.raises(NotFinite, match=r"rows\.jsonl:3, call 1: the base model's largest"):
@@ -327,3 +343,51 @@ def test_evaluate_names_the_tasks_row(params, tmp_path):
         max_decode_length=8, batch_size=2, repeats=1,
     )
   assert not (tmp_path / "out").exists()
+
+
+def test_a_report_names_the_row_whose_draft_decoding_passed_over(bytes_vocabulary, tmp_path):
+  config = BYTES.replace(d_model=32, activation="relu")
+  params = jax.device_get(init_params(config, single_device(), jax.random.key(2)))
+  # It says its newest token again, as fresh heads do, so that drafts are taken whole.
+  params["logits_kernel"] = params["embedding"].T / 4
+  model = Generator(config, params)
+  texts = ["a text", "b", "a ~"]
+  prompts = [[byte + 3 for byte in text.encode()] + [1] for text in texts]
+  greedy = model.generate(prompts, "greedy", max_length=6, batch_size=2)
+  hidden = record(model, prompts, greedy, 6).hidden.reshape(-1, 32).astype(np.float64)
+  # Head 2 has one unit that the third text's third state alone wakes, and that is too large.
+  sign = np.full(len(hidden), -1.0)
+  sign[2 * 6 + 2] = 1
+  unit = np.linalg.lstsq(hidden, sign)[0]
+  np.testing.assert_allclose(hidden @ unit, sign, atol=1e-6)
+  params = changed(params, "heads/w1", (0, slice(None), 0), unit * 1e30)
+  params = changed(params, "heads/w2", (0, 0), 1e20)
+  save_model(tmp_path / "model", config, params, bytes_vocabulary)
+  rows = tmp_path / "rows.jsonl"
+  rows.write_text("".join(f'{{"inputs": "{text}"}}\n' for text in texts))
+  decoding = functools.partial(
+      evaluate, str(tmp_path / "model"), [JsonlTask("mine", str(rows))],
+      [Method("blockwise")], max_decode_length=6, batch_size=2, repeats=1,
+  )
+  # Calls begin at the first, second and sixth token.
+  found = decoding(str(tmp_path / "out"))
+  assert found["tasks"]["mine"]["methods"]["blockwise"]["decoder_calls"] == 9
+  with pytest.raises(NotFinite, match=r"rows\.jsonl:3, call 4: a head's largest logit"):
+    decoding(str(tmp_path / "reported"), has_report=True)
+
+
+def test_validation_names_task_and_example(bad_tilde, bytes_vocabulary, tmp_path):
+  rows = tmp_path / "rows.jsonl"
+  rows.write_text("".join(
+      f'{{"inputs": "{text}", "targets": "t"}}\n' for text in ("a text", "b", "a ~")
+  ))
+  task = JsonlTask("mine", str(rows), targets="targets", split="validation")
+  vocabulary = open_vocabulary(bytes_vocabulary, 384)
+  step = Step(BYTES, single_device(), Optimizer("adamw", 1e-2, "constant", 0))
+  measure = lambda num_decoded: Evaluation(
+      step, [open_task(task, vocabulary, tmp_path)], Validation([task], 2, num_decoded), 2,
+      vocabulary, {"input_length": 8, "target_length": 4},
+  )(bad_tilde, 1)
+  assert measure(2)["mine.validation/block_efficiency"] >= 1
+  with pytest.raises(NotFinite, match=r"^mine\.validation example 2, call 1: the base model's"):
+    measure(3)

@@ -12,7 +12,7 @@ from rich.table import Table
 from bpd_jax import terminal
 from bpd_jax.training.metrics import Display, shown
 
-PACKAGE = Path(__file__).resolve().parent.parent / "bpd_jax"
+ROOT = Path(__file__).resolve().parent.parent
 # Closing what wasn't opened is an error to rich, an unknown tag is left out.
 ODD = ["run[x]", "[a]/[/b]", "[bold]b[/bold]", r"\[x]", ":smile:", "{braces}", "[link=x]y"]
 
@@ -35,6 +35,8 @@ def test_texts_are_printed_as_they_are(text, is_terminal):
     progress.add_task(text)
   assert list(terminal.track([1, 2], text, out)) == [1, 2]
   printed = out.file.getvalue()
+  assert list(terminal.track([1, 2], text, out, is_shown=False)) == [1, 2]
+  assert out.file.getvalue() == printed
   assert printed.startswith(text + "\n")
   assert printed.count(text) >= 8
 
@@ -52,18 +54,17 @@ def test_a_runs_display_prints_names_as_they_are(text, is_terminal):
   assert out.file.getvalue().count(text) >= 4
 
 
-def test_every_console_and_description_of_the_package_is_a_plain_one():
+def test_every_console_and_description_is_a_plain_one():
   """No module makes its own: rich's read markup unless each is told not to."""
   def is_plain(name, call):
     # A word of the program's own is no text of anybody's.
-    texts = [*call.args, *(keyword.value for keyword in call.keywords)]
-    words = [text.value for text in texts if isinstance(text, ast.Constant)]
-    if name == "TextColumn":
-      return words and "{task.description" not in words[0]
-    return name == "track" and any(isinstance(word, str) for word in words)
+    words = [text.value for text in call.args if isinstance(text, ast.Constant)]
+    return name == "TextColumn" and words and "{task.description" not in words[0]
 
+  paths = [path for folder in ("bpd_jax", "experiments") for path in ROOT.glob(f"{folder}/**/*.py")]
+  assert len(paths) > 80
   wrong = []
-  for path in sorted(PACKAGE.rglob("*.py")):
+  for path in sorted(paths):
     if path.name == "terminal.py":
       continue
     tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -76,7 +77,7 @@ def test_every_console_and_description_of_the_package_is_a_plain_one():
       name = node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else ""
       makes_one = name in from_rich & {"Console", "TextColumn", "track"}
       if makes_one and not is_plain(name, node):
-        wrong.append(f"{path.relative_to(PACKAGE)}:{node.lineno} {name}")
+        wrong.append(f"{path.relative_to(ROOT)}:{node.lineno} {name}")
   assert not wrong
   # What it would miss otherwise.
   assert Console().render_str("[a]x").plain == "x"

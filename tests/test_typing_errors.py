@@ -15,7 +15,9 @@ TEXT = (
 )
 # Words and signs that a docstring may have, in any order.
 WORDS = st.lists(
-    st.sampled_from([*TEXT.split(), "I", "a", "B.", "it's", "don't,", "x=1", "[one]", "ünï", "--"]),
+    st.sampled_from([
+        *TEXT.split(), "I", "I'm", "a", "B.", "it's", "don't,", "x=1", "[one]", "ünï", "--",
+    ]),
     min_size=1, max_size=25,
 ).map(" ".join)
 
@@ -92,6 +94,7 @@ def test_some_writers_leave_capitals_and_punctuation_out():
     ("for a", {"joined": {"fora"}, "early space": {"fo ra"}, "swapped": {"fro a"}}),
     ("No, it", {"joined": {"No,it"}, "no punctuation": {"No it"}, "wrong punctuation": {"No. it"},
                 "no capital": {"no, it"}}),
+    ("I'm", {"no capital": {"i'm"}}),
     ("One", {"late shift": {"ONe"}, "swapped": {"Oen"}, "no capital": {"one"}}),
 ])
 def test_what_can_happen(text, possible, monkeypatch):

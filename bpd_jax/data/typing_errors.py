@@ -107,7 +107,8 @@ def _kinds(
     i = 1 + int(where * (length - 2))
     if core[i : i + 2].isalpha() and core[i] != core[i + 1]:
       kinds["swapped"] = Edit(start + i, start + i + 2, core[i + 1] + core[i])
-    if core[0].isupper() and has_capitals:
+    # A sign has no capital: I'm, X-axis.
+    if core[0].isupper() and core[1].isalpha() and has_capitals:
       kinds["late shift"] = Edit(start + 1, start + 2, core[1].upper())
   is_before_word = _WORD.fullmatch(following) is not None
   if is_before_word and length >= 2:

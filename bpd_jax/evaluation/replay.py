@@ -16,7 +16,6 @@ from flax import struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.progress import track
 
 from bpd_jax.checkpoints import params_fingerprint
 from bpd_jax.decoding import tree as trees
@@ -45,6 +44,7 @@ from bpd_jax.generation import (
 from bpd_jax.model.model import EncoderDecoder
 from bpd_jax.programs import DecodeParams, DecodeSettings, make_loop, row_keys
 from bpd_jax.reader import make_cache, prefill
+from bpd_jax.terminal import track
 
 # Rows of a teacher-forced pass.
 RECORD_ROWS = 16
@@ -147,7 +147,7 @@ def record(
   model = EncoderDecoder(config, generator.partitioning)
   hidden, margins = [], []
   parts = range(0, rows, RECORD_ROWS)
-  for first in track(parts, "record", disable=not has_progress):
+  for first in track(parts, "record", is_shown=has_progress):
     part = [min(i, rows - 1) for i in range(first, first + RECORD_ROWS)]
     states, gaps = _teacher_force(
         model, generator.params, inputs[part], prompt_lengths[part], tokens[part]

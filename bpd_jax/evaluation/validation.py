@@ -12,7 +12,7 @@ from bpd_jax.data.batches import cut_inputs, Dataset, in_order
 from bpd_jax.data.datasets import CachedTask, task_label, TextTask
 from bpd_jax.errors import check_count
 from bpd_jax.evaluation.quality import is_looping
-from bpd_jax.generation import Generator, INPUT_BUCKETS
+from bpd_jax.generation import Generator, INPUT_BUCKETS, naming_prompts
 from bpd_jax.training.loss import head_losses
 from bpd_jax.training.step import place_batch, Step
 from bpd_jax.vocabulary import Vocabulary
@@ -64,7 +64,11 @@ class Evaluation:
 
   def __call__(self, params: Any, step: int) -> dict[str, float]:
     """TASK/loss_head_i, accuracy_head_i, and of decoded rows block_efficiency, exact_match
-    and looping_rows; and `validation/` the mean of each over the tasks."""
+    and looping_rows; and `validation/` the mean of each over the tasks.
+
+    Raises:
+      NotFinite: naming task and example, where NaN or infinity would choose a token.
+    """
     del step
     # One for all tasks, as it makes its own view of the parameters.
     generator = Generator(
@@ -101,12 +105,13 @@ class Evaluation:
   def _decode(self, generator: Generator, dataset: Dataset, count: int) -> dict[str, float]:
     config, most = generator.config, self._lengths["input_length"]
     inputs, targets = zip(*(dataset[i] for i in range(count)))
-    out = generator.generate(
-        [cut_inputs(row, most, config.eos_id).tolist() for row in inputs],
-        "blockwise" if config.block_size > 1 else "greedy",
-        max_length=self._lengths["target_length"], batch_size=self._batch_size,
-        buckets=(*INPUT_BUCKETS, most),
-    )
+    with naming_prompts([f"{dataset.name} example {i}" for i in range(count)]):
+      out = generator.generate(
+          [cut_inputs(row, most, config.eos_id).tolist() for row in inputs],
+          "blockwise" if config.block_size > 1 else "greedy",
+          max_length=self._lengths["target_length"], batch_size=self._batch_size,
+          buckets=(*INPUT_BUCKETS, most),
+      )
     same = [np.array_equal(row, target) for row, target in zip(out.tokens, targets)]
     looping = [is_looping(row.tolist()) for row in out.tokens]
     return dict(zip(DECODED, (

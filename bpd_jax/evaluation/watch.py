@@ -67,6 +67,9 @@ def watch(
     scoring: likewise.
     policing: likewise.
     **options: as of `replay`.
+
+  Raises:
+    NotFinite: naming the row, as `replay` does.
   """
   settings = generator.settings(method, scoring=scoring, policing=policing, **options)
   params = generator.decode_params(method, scoring, policing)

@@ -19,9 +19,11 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from bpd_jax.folders import read_object, write_object
 from bpd_jax.launch import run
+from bpd_jax.terminal import plain_console
 
 OUTPUT = Path("runs/quickstart")
 SHIPPED = "experiments/docstrings/model"
@@ -79,9 +81,10 @@ def print_summary(summary: dict[str, Any], console: Console) -> None:
   for name, task in summary["tasks"].items():
     models, metric = task["models"], task["main_metric"]
     floor = max(task["quality_floors"].values())
-    learned = "learned" if task["learned"] else "[red]not learned[/]"
+    learned = "learned" if task["learned"] else ("not learned", "red")
     table.add_row(
-        name, f"{metric} {task['quality'][metric]:.2f}, floor {floor:.2f}: {learned}",
+        name,
+        Text.assemble(f"{metric} {task['quality'][metric]:.2f}, floor {floor:.2f}: ", learned),
         str(task["examples"]), f"{models['base']['tokens_per_second']:,.0f}",
         *(cell for which in ("new", "shipped") for cell in (
             f"{models[which]['block_efficiency']:.2f}",
@@ -94,9 +97,9 @@ def print_summary(summary: dict[str, Any], console: Console) -> None:
   for which, found in summary["means_over_learned_tasks"].items():
     mean = found["methods"].get(METHOD)
     words = f"{mean['block_efficiency']:.2f}" if mean else "–, as none is learned"
-    console.print(f"block efficiency over learned tasks, {which} heads: {words}", highlight=False)
+    console.print(f"block efficiency over learned tasks, {which} heads: {words}")
   for stage, seconds in summary["seconds"].items():
-    console.print(f"{stage:24}{seconds:7.0f} s", highlight=False)
+    console.print(f"{stage:24}{seconds:7.0f} s")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -110,10 +113,10 @@ def main(argv: Sequence[str]) -> int:
   began = time.time()
   seconds = {} if args.began is None else {"install": began - args.began}
   shutil.rmtree(OUTPUT, ignore_errors=True)
-  console = Console()
+  console = plain_console()
   for stage, arguments in commands().items():
     console.rule(stage)
-    console.print(f"$ python -m bpd_jax.{' '.join(arguments)}", highlight=False, soft_wrap=True)
+    console.print(f"$ python -m bpd_jax.{' '.join(arguments)}", soft_wrap=True)
     start = time.time()
     module, *options = arguments
     done = subprocess.run([sys.executable, "-m", f"bpd_jax.{module}", *options], check=False)
@@ -126,7 +129,7 @@ def main(argv: Sequence[str]) -> int:
   write_object(OUTPUT / "results.json", summary)
   console.rule("results")
   print_summary(summary, console)
-  console.print(f"written to {OUTPUT / 'results.json'}", highlight=False)
+  console.print(f"written to {OUTPUT / 'results.json'}")
   return 0
 
 
