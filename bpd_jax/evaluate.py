@@ -7,62 +7,31 @@ Prints a table, and writes `results.json` and each method's outputs as JSONL;
 docs/reading_results.md says what the figures mean.
 """
 
-from collections.abc import Mapping, Sequence
-import dataclasses
+from collections.abc import Sequence
 import importlib.util
 import itertools
-import json
-from pathlib import Path
 import re
-import sys
 from typing import Any
 
 import gin
-import numpy as np
-from rich.progress import (
-  BarColumn,
-  MofNCompleteColumn,
-  Progress,
-  TimeRemainingColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from bpd_jax.checkpoints import load_config
-from bpd_jax.compilation_cache import make_room
-from bpd_jax.data.batches import cut_inputs
-from bpd_jax.data.jsonl import JsonlTask
-from bpd_jax.data.rows import rows_fingerprint, RowsTask
-from bpd_jax.decoding.rescoring import Scoring
+from bpd_jax.data.rows import rows_fingerprint
 from bpd_jax.environment import describe_device, git_revision, source_fingerprint, versions
 from bpd_jax.errors import InputError
-from bpd_jax.evaluation.quality import check_metric, describe_quality
-from bpd_jax.evaluation.replay import record
-from bpd_jax.evaluation.report import analyse_task, make_report
-from bpd_jax.evaluation.run import GREEDY, measure_methods, Method, method_identity
-from bpd_jax.evaluation.scoring import load_scoring
+from bpd_jax.evaluation.quality import check_metric
+from bpd_jax.evaluation.report import make_report
+from bpd_jax.evaluation.run import Method, method_identity
 from bpd_jax.evaluation.table import means_over_learned, print_results
-from bpd_jax.evaluation.tuning import tune, Tuned, Tuning
-from bpd_jax.folders import (
-  contents_fingerprint,
-  new_file,
-  read_object,
-  resumable_folder,
-  write_object,
-)
-from bpd_jax.generation import (
-  Generation,
-  Generator,
-  input_bucket,
-  INPUT_BUCKETS,
-  load,
-  naming_prompts,
-)
+from bpd_jax.evaluation.task import Conditions, evaluate_task, Task, task_file
+from bpd_jax.evaluation.task_rows import read_rows, UNFIT_ROWS
+from bpd_jax.evaluation.tuning import Tuned, Tuning
+from bpd_jax.folders import contents_fingerprint, resumable_folder, write_object
+from bpd_jax.generation import load
 from bpd_jax.launch import read_gin, run
 from bpd_jax.partitioning import Partitioning
 from bpd_jax.terminal import description_column, plain_console
-
-Task = RowsTask | JsonlTask
-# What may become of a row whose inputs are empty or too long.
-UNFIT_ROWS = ("error", "cut", "leave_out")
 
 
 @gin.configurable(module="bpd_jax")
@@ -128,7 +97,7 @@ def evaluate(
       else ([], list(range(len(own))))
       for name, own in every.items()
   }
-  how = _How(tuple(methods), batch_size, max_decode_length, repeats, tuning, has_report)
+  how = Conditions(tuple(methods), batch_size, max_decode_length, repeats, tuning, has_report)
   made_with = {
       "device": describe_device(),
       "versions": versions(),
@@ -148,7 +117,7 @@ def evaluate(
   with resumable_folder(output, identity) as folder:
     model = load(checkpoint, partitioning=partitioning, dtype=dtype)
     read = {
-        name: _read_rows(model, name, own, chosen[name], unfit_rows)
+        name: read_rows(model, name, own, chosen[name], unfit_rows)
         for name, own in placed.items()
     }
     # One for all recordings, so that each method is replayed by one program.
@@ -159,7 +128,7 @@ def evaluate(
     found = {}
     with Progress(*columns, console=console) as progress:
       for task in tasks:
-        found[task.name] = _evaluate_task(
+        found[task.name] = evaluate_task(
             folder, model, task, read[task.name], how, input_length, progress
         )
     results = {
@@ -183,7 +152,7 @@ def evaluate(
       (folder / "report.html").write_text(page, encoding="utf-8")
     write_object(folder / "results.json", results)
     for task in tasks:
-      (folder / _task_file(task)).unlink()
+      (folder / task_file(task)).unlink()
   print_results(results, console)
   for own in found.values():
     for line in own["differences"]:
@@ -196,149 +165,12 @@ def evaluate(
   return results
 
 
-@dataclasses.dataclass(frozen=True)
-class _How:
-  """What is the same for all tasks; see `evaluate`."""
-
-  methods: tuple[Method, ...]
-  batch_size: int
-  max_decode_length: int
-  repeats: int
-  tuning: Tuning | Tuned | None
-  has_report: bool
-
-
-@dataclasses.dataclass(frozen=True)
-class _Rows:
-  """A task's rows as they are evaluated.
-
-  Attributes:
-    rows: those that are reported.
-    places: where each stands.
-    prompts: token ids of their inputs.
-    tuning_places: of the rows on which weights are chosen.
-    tuning_prompts: likewise.
-    num_cut: rows of both whose inputs were cut.
-    num_left_out: rows of both that didn't fit.
-  """
-
-  rows: list[dict[str, str]]
-  places: list[str]
-  prompts: list[list[int]]
-  tuning_places: list[str]
-  tuning_prompts: list[list[int]]
-  num_cut: int
-  num_left_out: int
-
-  @property
-  def input_length(self) -> int:
-    """The bucket of the longest prompt."""
-    return input_bucket(max(map(len, [*self.prompts, *self.tuning_prompts])))
-
-  def describe_unfit(self) -> str:
-    """What became of rows that don't fit, in words; nothing where all do."""
-    counts = (
-        (self.num_cut, f"cut to {max(INPUT_BUCKETS):,} tokens"), (self.num_left_out, "left out")
-    )
-    return ", ".join(
-        f"{count} row{'s' * (count > 1)} {what}" for count, what in counts if count
-    )
-
-
 def _task_identity(task: Task, rows: dict[str, list[dict[str, str]]]) -> dict[str, Any]:
   """All that a task's results depend on, whatever its rows were read from."""
   return {
       "rows": rows_fingerprint(rows[task.name]), "split": task.split,
       "main_metric": task.main_metric, "instruction": task.instruction,
   }
-
-
-def _task_file(task: Task) -> str:
-  """What an evaluation that was cut off knows of a task; gone at its end."""
-  return f".task.{task.name}.json"
-
-
-def _evaluate_task(
-    folder: Path, model: Generator, task: Task, own: _Rows, how: _How, input_length: int,
-    progress: Progress,
-) -> dict[str, Any]:
-  """Evaluates one task and writes its outputs, unless the folder has it already.
-
-  Args:
-    folder: where the outputs go.
-    model: what is evaluated.
-    task: the task.
-    own: its rows.
-    how: see `_How`.
-    input_length: that recordings are padded to.
-    progress: gets bars.
-
-  Returns:
-    `results`, the entry of `results.json`; `analysis`, that of `analysis.json`, or None;
-    `differences`, a line each; `wrong`, the methods whose tokens can't be greedy's.
-  """
-  path = folder / _task_file(task)
-  if path.exists():
-    progress.console.print(f"{task.name}: evaluated before it was cut off")
-    return read_object(path)
-  with naming_prompts(own.tuning_places):
-    scoring, tuned = _choose_weights(
-        model, task.name, own.tuning_prompts, how, input_length, progress
-    )
-  make_room()
-  with naming_prompts(own.places):
-    measured = measure_methods(
-        model, own.prompts, how.methods, max_decode_length=how.max_decode_length,
-        batch_size=how.batch_size, repeats=how.repeats, progress=progress, label=task.name,
-        scoring=scoring,
-    )
-  make_room()
-  live = {name: measurement.generation for name, measurement in measured.items()}
-  analysis = None
-  if how.has_report:
-    recording = record(
-        model, own.prompts, live[GREEDY.name], how.max_decode_length, input_length=input_length
-    )
-    # Drafts are made after every prefix, those too that decoding passed over.
-    with naming_prompts(own.places):
-      analysis = analyse_task(model, recording, how.methods, scoring, live)
-    make_room()
-  _write_outputs(folder, task.name, own.rows, live)
-  found = {
-      "results": {
-          "split": task.split,
-          "examples": len(own.rows),
-          "cut_rows": own.num_cut,
-          "left_out_rows": own.num_left_out,
-          "tuning_examples": (
-              how.tuning.num_examples(task.name) if isinstance(how.tuning, Tuned)
-              else len(own.tuning_prompts)
-          ),
-          "rows_fingerprint": rows_fingerprint(own.rows),
-          **describe_quality(
-              live[GREEDY.name], own.rows, task.main_metric, task.instruction, model.vocabulary,
-              model.config.eos_id,
-          ),
-          "methods": {
-              name: measurement.results | (
-                  {"tuning_block_efficiency": tuned[name]} if name in tuned else {}
-              )
-              for name, measurement in measured.items()
-          },
-      },
-      "analysis": analysis,
-      "differences": [
-          f"{task.name}, {name}: {difference}" for name, measurement in measured.items()
-          for difference in measurement.differences
-      ],
-      "wrong": [
-          f"{task.name} {name}" for name, measurement in measured.items()
-          if not measurement.is_exact
-      ],
-  }
-  with new_file(path) as partial:
-    write_object(partial, found)
-  return read_object(path)
 
 
 def _check_names(tasks: Sequence[Task], methods: Sequence[Method]) -> None:
@@ -355,115 +187,6 @@ def _check_names(tasks: Sequence[Task], methods: Sequence[Method]) -> None:
     raise InputError("names", sorted(files), "TASK.METHOD that differ, as files are called so")
   for task in tasks:
     check_metric(task.name, task.main_metric)
-
-
-def _choose_weights(
-    model: Generator, task: str, prompts: Sequence[Sequence[int]], how: _How,
-    input_length: int, progress: Progress,
-) -> tuple[dict[str, tuple[Scoring, ...]], dict[str, float]]:
-  """Chooses weights for a task, and tells them as they come.
-
-  Returns:
-    The scorers of each method, and its block efficiency on the rows to tune on.
-  """
-  scoring = {
-      method.name: load_scoring(method.scorers, model)
-      for method in how.methods
-  }
-  tunable = [method for method in how.methods if method.scorers]
-  if how.tuning is None or not tunable:
-    return scoring, {}
-  if isinstance(how.tuning, Tuned):
-    weighed = {
-        method.name: how.tuning.weigh(task, method, scoring[method.name]) for method in tunable
-    }
-    return (
-        scoring | {name: own for name, (own, _) in weighed.items()},
-        {name: efficiency for name, (_, efficiency) in weighed.items()},
-    )
-  greedy = model.generate(
-      prompts, "greedy", max_length=how.max_decode_length, batch_size=how.batch_size
-  )
-  recording = record(
-      model, prompts, greedy, how.max_decode_length, input_length=input_length
-  )
-  tuned = {}
-  bar = progress.add_task(f"{task}, weights", total=len(tunable))
-  for method in tunable:
-    own, efficiency = tune(model, recording, method, scoring[method.name], how.tuning)
-    scoring[method.name], tuned[method.name] = own, efficiency
-    weights = ", ".join(str(part.weight) for part in own)
-    progress.console.print(
-        f"{task}, {method.name}: weights {weights}, block efficiency {efficiency:.3f} on the "
-        "rows to tune on", soft_wrap=True,
-    )
-    progress.advance(bar)
-  return scoring, tuned
-
-
-def _read_rows(
-    model: Generator, task: str, rows: Mapping[str, dict[str, str]],
-    chosen: Sequence[Sequence[int]], unfit_rows: str,
-) -> _Rows:
-  """A task's rows with the token ids of their inputs.
-
-  Args:
-    model: whose ids.
-    task: its name.
-    rows: all rows, by where each stands.
-    chosen: numbers of those to tune on, and of those to report.
-    unfit_rows: see `evaluate`.
-
-  Raises:
-    InputError: naming where the first row stands that doesn't fit, if that is an error;
-      where no row is left to tune on, or to report.
-  """
-  places = [*rows]
-  parts = [[places[number] for number in part] for part in chosen]
-  used = {*itertools.chain(*parts)}
-  inputs = {place: row["inputs"] for place, row in rows.items() if place in used}
-  tokens, num_cut = _encode(model, inputs, unfit_rows)
-  left = [[place for place in part if place in tokens] for part in parts]
-  for what, before, after in zip(("tune on", "report"), parts, left, strict=True):
-    if before and not after:
-      raise InputError(f"{task} rows to {what}", "none that fits", "at least one")
-  tuning_prompts, prompts = ([tokens[place] for place in part] for part in left)
-  tuning_places, places = left
-  return _Rows(
-      [rows[place] for place in places], places, prompts, tuning_places, tuning_prompts, num_cut,
-      len(inputs) - len(tokens),
-  )
-
-
-def _encode(
-    model: Generator, inputs: Mapping[str, str], unfit_rows: str
-) -> tuple[dict[str, list[int]], int]:
-  """Token ids of the inputs that fit, by where they stand, and how many were cut."""
-  if unfit_rows == "error":
-    tokens = model.encode_prompts([*inputs.values()], names=[*inputs])
-    return dict(zip(inputs, tokens, strict=True)), 0
-  fitting, num_cut, most = {}, 0, max(INPUT_BUCKETS)
-  for place, text in inputs.items():
-    if not text.strip():
-      continue
-    [tokens] = model.encode_prompts([text], buckets=(sys.maxsize,), names=[place])
-    if len(tokens) > most and unfit_rows == "cut":
-      tokens = cut_inputs(np.asarray(tokens), most, model.config.eos_id).tolist()
-      num_cut += 1
-    if len(tokens) <= most:
-      fitting[place] = tokens
-  return fitting, num_cut
-
-
-def _write_outputs(
-    folder: Path, task: str, rows: Sequence[dict[str, str]], found: dict[str, Generation]
-) -> None:
-  """Writes what each method made of a task's rows."""
-  for name, out in found.items():
-    with open(folder / f"{task}.{name}.jsonl", "w", encoding="utf-8") as file:
-      for row, text, tokens, calls in zip(rows, out.texts, out.tokens, out.calls):
-        line = {**row, "output": text, "tokens": tokens.tolist(), "decoder_calls": calls}
-        file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
 def main(argv: Sequence[str]) -> None:

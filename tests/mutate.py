@@ -207,7 +207,7 @@ MUTATIONS = (
     Mutation("quality of another row", "evaluation/quality.py",
              "_scores(name, references, generation.texts)",
              "_scores(name, references, generation.texts[::-1])", EVALUATE),
-    Mutation("rows that don't fit left out unasked", "evaluate.py",
+    Mutation("rows that don't fit left out unasked", "evaluation/task_rows.py",
              "name: _read_rows(model, name, own, chosen[name], unfit_rows)",
              'name: _read_rows(model, name, own, chosen[name], "leave_out")', EVALUATE),
     Mutation("an evaluation goes on with another n-gram file", "evaluation/scoring.py",

@@ -344,7 +344,7 @@ def test_an_evaluation_that_was_cut_off_goes_on(
     measured.append(label)
     return measure_methods(*args, label=label, **options)
 
-  monkeypatch.setattr("bpd_jax.evaluate.measure_methods", measure)
+  monkeypatch.setattr("bpd_jax.evaluation.task.measure_methods", measure)
   first, second = (JsonlTask(name, str(rows_file)) for name in ("first", "second"))
   run_it = lambda tasks, **options: evaluate(
       str(model_folder), tasks, [Method("blockwise")], str(tmp_path / "out"),
@@ -396,7 +396,7 @@ def test_an_evaluation_that_was_cut_off_goes_on_with_the_same_contents_alone(
       raise KeyboardInterrupt
     return measure_methods(*args, label=label, **options)
 
-  monkeypatch.setattr("bpd_jax.evaluate.measure_methods", measure)
+  monkeypatch.setattr("bpd_jax.evaluation.task.measure_methods", measure)
 
   def run_it(folder, **options):
     tasks = [JsonlTask(name, str(folder / "rows.jsonl")) for name in ("first", "second")]
@@ -450,7 +450,7 @@ def test_tasks_that_are_only_measured_share_programs(
     compiled.append(num_compilations() - before)
     return measured
 
-  monkeypatch.setattr("bpd_jax.evaluate.measure_methods", measure)
+  monkeypatch.setattr("bpd_jax.evaluation.task.measure_methods", measure)
   evaluate(
       str(model_folder), [JsonlTask(name, str(rows_file)) for name in ("first", "second")],
       [Method("blockwise")], str(tmp_path / "out"), max_decode_length=9, repeats=1,

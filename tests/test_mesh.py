@@ -40,11 +40,10 @@ mesh = {"DATA_PARALLEL": 2, "FSDP": -1, "MODEL_PARALLEL": 2}
 steps = {"STEPS": 6, "SAVE_EVERY": 6, "LOG_EVERY": 2, "NUM_DECODED": 2, "BATCH_SIZE": 8}
 assert run(arguments(folder, folder / "joint", FILES, EVALUATE_EVERY=0, **steps, **mesh)) == 0
 for name, places in (("one", {}), ("many", mesh)):
-  for mode in ("heads_only", "distill"):
-    assert run(arguments(
-        folder, folder / name / mode, HEADS_FILES, CHECKPOINT=str(folder / "base"), MODE=mode,
-        BLOCK_SIZE=3, **steps, **places)) == 0, (name, mode)
-  model = str(folder / "one/heads_only/model")
+  assert run(arguments(
+      folder, folder / name / "heads", HEADS_FILES, CHECKPOINT=str(folder / "base"),
+      MODE="distill", BLOCK_SIZE=3, **steps, **places)) == 0, name
+  model = str(folder / "one/heads/model")
   macros = {"CHECKPOINT": model, "ROWS": str(folder / "validation.jsonl"),
             "OUTPUT": str(folder / name / "results"), "MAX_DECODE_LENGTH": 12, "REPEATS": 1,
             **places}
@@ -74,9 +73,8 @@ def found(tmp_path_factory):
   return folder, done.stderr
 
 
-@pytest.mark.parametrize("mode", ["heads_only", "distill"])
-def test_heads_behind_a_frozen_base(found, mode):
-  one, many = (found[0] / name / mode for name in ("one", "many"))
+def test_heads_behind_a_frozen_base(found):
+  one, many = (found[0] / name / "heads" for name in ("one", "many"))
   losses = [
       [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
       for path in (one, many)
@@ -98,7 +96,7 @@ def test_heads_behind_a_frozen_base(found, mode):
 
 
 def test_the_bases_own_outputs(found):
-  parts = [TokenCache(found[0] / name / "distill/states/distilled_0/part_00000")
+  parts = [TokenCache(found[0] / name / "heads/states/distilled_0/part_00000")
            for name in ("one", "many")]
   assert len(parts[0].lengths) == 40
   for i in range(40):
