@@ -33,6 +33,8 @@ from bpd_jax.vocabulary import copy_vocabulary
 
 CONFIG_FILE = "model.json"
 PARAMS_FOLDER = "params"
+# Of the base, beside the config's fields; folders of before have none.
+FINGERPRINT = "fingerprint"
 
 
 def save_model(
@@ -59,22 +61,56 @@ def save_model(
     check_new(folder)
   check_shapes(leaf_shapes(params), leaf_shapes_of(config))
   vocabulary_file = check_vocabulary(vocabulary_file)
+  fingerprint = base_fingerprint(params)
   with new_folder(folder, may_replace=may_replace) as partial:
-    try:
-      with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(partial / PARAMS_FOLDER, params)
-      name, leaf = min(_flatten(params).items(), key=lambda item: item[1].size)
-      read_back(partial / PARAMS_FOLDER, traverse_util.unflatten_dict({name: leaf}, sep="/"))
-      if jax.process_index() == 0:
-        write_object(partial / CONFIG_FILE, config.to_dict())
+    save_arrays(partial / PARAMS_FOLDER, params)
+    if jax.process_index() == 0:
+      try:
+        write_object(partial / CONFIG_FILE, config.to_dict() | {FINGERPRINT: fingerprint})
         if vocabulary_file is not None:
           copy_vocabulary(vocabulary_file, partial)
-    except InputError:
-      raise
-    except (OSError, ValueError) as error:  # TensorStore's are ValueErrors.
-      raise InputError(
-          "folder", str(folder), f"a path that can be written ({brief(error)})"
-      ) from error
+      except OSError as error:
+        raise InputError(
+            "folder", str(folder), f"a path that can be written ({brief(error)})"
+        ) from error
+
+
+def save_arrays(folder: Path, arrays: Any) -> None:
+  """Writes dicts of arrays by Orbax, and reads one of them again.
+
+  Raises:
+    InputError: where the folder can't be written, or isn't readable afterwards.
+  """
+  try:
+    with ocp.StandardCheckpointer() as checkpointer:
+      checkpointer.save(folder, arrays)
+    name, leaf = min(_flatten(arrays).items(), key=lambda item: item[1].size)
+    read_back(folder, traverse_util.unflatten_dict({name: leaf}, sep="/"))
+  except InputError:
+    raise
+  except (OSError, ValueError) as error:  # TensorStore's are ValueErrors.
+    raise InputError(
+        "folder", str(folder), f"a path that can be written ({brief(error)})"
+    ) from error
+
+
+def read_arrays(folder: Path, target: Any) -> Any:
+  """Reads what `save_arrays` wrote, each array into its place.
+
+  Args:
+    folder: of the arrays.
+    target: dicts of `jax.ShapeDtypeStruct` with shardings.
+
+  Raises:
+    InputError: naming the array that is missing or of another shape; where the folder is
+      cut short.
+  """
+  with ocp.StandardCheckpointer() as checkpointer:
+    check_shapes(_shapes_on_disk(checkpointer, folder), leaf_shapes(target))
+    try:
+      return checkpointer.restore(folder, target)
+    except Exception as error:  # Orbax raises a bare Exception for arrays that are cut.
+      raise InputError("params", str(folder), f"a whole Orbax folder ({brief(error)})") from error
 
 
 def load_config(folder: PathLike) -> ModelConfig:
@@ -89,6 +125,7 @@ def load_config(folder: PathLike) -> ModelConfig:
         "a model folder; python -m bpd_jax.import_checkpoint makes one of transformers'",
     )
   fields = read_object(path)
+  fields.pop(FINGERPRINT, None)
   try:
     return ModelConfig.from_dict(fields)
   except InputError:
@@ -121,14 +158,8 @@ def load_model(
         "param_dtype", "float64", "bfloat16, float16 or float32 unless jax_enable_x64 is on"
     )
   target = abstract_params(config, partitioning)
-  path = array_path(folder, "model folder") / PARAMS_FOLDER
-  with ocp.StandardCheckpointer() as checkpointer:
-    check_shapes(_shapes_on_disk(checkpointer, path), leaf_shapes(target))
-    partitioning.check_params(target)
-    try:
-      return config, checkpointer.restore(path, target)
-    except Exception as error:  # Orbax raises a bare Exception for arrays that are cut.
-      raise InputError("params", str(path), f"a whole Orbax folder ({brief(error)})") from error
+  partitioning.check_params(target)
+  return config, read_arrays(array_path(folder, "model folder") / PARAMS_FOLDER, target)
 
 
 def start_from(
@@ -203,6 +234,16 @@ def read_back(folder: Path, part: Any) -> None:
         np.asarray(wanted).tobytes() != np.asarray(leaf).tobytes()
     ):
       raise InputError("folder", str(folder), "a path that keeps what is written there")
+
+
+def load_fingerprint(folder: PathLike) -> str | None:
+  """The base's fingerprint as a model folder has it; None where it was made before."""
+  return read_object(local_path(folder, "model folder") / CONFIG_FILE).get(FINGERPRINT)
+
+
+def base_fingerprint(params: Any) -> str:
+  """`params_fingerprint` of a model but for its parallel heads, behind which it is the same."""
+  return params_fingerprint({name: part for name, part in params.items() if name != "heads"})
 
 
 def params_fingerprint(params: Any) -> str:

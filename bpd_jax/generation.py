@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from bpd_jax.checkpoints import load_model
+from bpd_jax.checkpoints import base_fingerprint, load_fingerprint, load_model
 from bpd_jax.decoding import accept, loop
 from bpd_jax.decoding.drafters.empty import EmptyDrafter
 from bpd_jax.decoding.rescoring import Rescorer, rescorer_params, Scoring
@@ -143,12 +143,13 @@ class Generator:
 
   def __init__(
       self, config: ModelConfig, params: Any, partitioning: Partitioning | None = None,
-      vocabulary: Vocabulary | None = None,
+      vocabulary: Vocabulary | None = None, fingerprint: str | None = None,
   ):
     self.config = config
     self.params = params
     self.partitioning = partitioning or single_device()
     self.vocabulary = vocabulary
+    self._fingerprint = fingerprint
     self.model = EncoderDecoder(config, self.partitioning, is_view=True)
     self._view = None
     self._compiled_before = num_compilations()
@@ -157,6 +158,13 @@ class Generator:
   def vocabulary_fingerprint(self) -> str | None:
     """Of the vocabulary; None without one."""
     return None if self.vocabulary is None else self.vocabulary.fingerprint
+
+  @property
+  def fingerprint(self) -> str:
+    """Of the base's values as they are stored, whatever they are computed in."""
+    if self._fingerprint is None:
+      self._fingerprint = base_fingerprint(self.params)
+    return self._fingerprint
 
   @property
   def view(self) -> Any:
@@ -449,7 +457,11 @@ def load(
   partitioning = partitioning or single_device()
   config, params = load_model(folder, partitioning, dtype)
   vocabulary = load_vocabulary(folder, config.vocab_size)
-  return Generator(config, params, partitioning, vocabulary)
+  fingerprint = load_fingerprint(folder)
+  if fingerprint is None and dtype is not None:
+    # In fewer bits the values are others.
+    fingerprint = base_fingerprint(load_model(folder, partitioning)[1])
+  return Generator(config, params, partitioning, vocabulary, fingerprint)
 
 
 def fetch_state(state: loop.DecodeState) -> dict[str, Any]:

@@ -8,9 +8,10 @@ import dataclasses
 import sys
 from typing import Any, Protocol
 
+from bpd_jax.addons.folder import load_made
 from bpd_jax.decoding.drafters.reference import ReferenceDrafter
 from bpd_jax.decoding.types import Drafter, Drafting
-from bpd_jax.errors import check_count
+from bpd_jax.errors import check_count, InputError
 from bpd_jax.folders import contents_fingerprint
 from bpd_jax.generation import Generator
 
@@ -24,18 +25,25 @@ class DraftSource(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Draft:
-  """The model's own parallel heads.
+  """The model's own parallel heads, or an add-on of the model.
 
   Attributes:
     block_size: h, the most tokens a call emits; all heads draft by default.
-    top_k: candidates that each head offers.
+    top_k: candidates of each step.
+    addon: the folder of what drafts; None for the heads.
   """
 
   block_size: int | None = None
   top_k: int = 1
+  addon: str | None = None
 
   def make(self, generator: Generator) -> Drafting:
-    return generator.heads(self.block_size, self.top_k)
+    if self.addon is None:
+      return generator.heads(self.block_size, self.top_k)
+    drafting = load_made(self.addon, generator, self.block_size, self.top_k).drafting
+    if drafting is None:
+      raise InputError("Draft.addon", self.addon, "an add-on that drafts")
+    return drafting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +83,10 @@ def draft_identity(draft: str | Drafter | DraftSource) -> dict[str, Any]:
   module = sys.modules[type(draft).__module__]
   # What was typed into an interpreter has no file, nor has a text.
   file = getattr(module, "__file__", None)
-  return describe_draft(draft) | {
+  identity = describe_draft(draft) | {
       "module": None if file is None else contents_fingerprint(file)
   }
+  if getattr(draft, "addon", None) is not None:
+    # Where it lies doesn't count.
+    identity["addon"] = contents_fingerprint(draft.addon, "Draft.addon")
+  return identity

@@ -112,7 +112,9 @@ class Step:
     self._transform = optimizer.make()
     params = abstract_params(config, partitioning)
     partitioning.check_params(params)
-    self.abstract_state = self._place(jax.eval_shape(self._init, params), params)
+    self.abstract_state = place_state(
+        partitioning, jax.eval_shape(self._init, params), params, self._split(params)[0]
+    )
     self._shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
     self._step = jax.jit(
         self._run, donate_argnums=0, out_shardings=(self._shardings, partitioning.sharding(()))
@@ -184,7 +186,7 @@ class Step:
       each = self._loss.unlikelihood * head_weights[0] / jnp.maximum(counts[0], 1)
       repetition_weights = jnp.where(found, each, 0)
     trained, frozen = self._split(params)
-    split = functools.partial(_split_batch, num_parts=num_parts)
+    split = functools.partial(split_batch, num_parts=num_parts)
     # The batch is the second axis of what is by head.
     by_head = jax.vmap(split, in_axes=0, out_axes=1)
     parts = (
@@ -337,28 +339,37 @@ class Step:
     """The parameters to use: the moving average where there is one."""
     return state.params if state.average is None else {**state.params, **state.average}
 
-  def _place(self, state: TrainState, params: Any) -> TrainState:
-    """Gives an abstract state its shardings: moments lie where their parameters do."""
-    everywhere = self.partitioning.sharding(())
-    trained, _ = self._split(params)
-    by_path = dict(jax.tree_util.tree_leaves_with_path(trained))
 
-    def like(path, leaf):
-      # A moment's path ends with its parameter's. Factored ones have another shape, and
-      # are small.
-      ends = (by_path.get(path[i:]) for i in range(len(path)))
-      param = next((end for end in ends if end is not None and end.shape == leaf.shape), None)
-      sharding = everywhere if param is None else param.sharding
-      return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+def place_state(
+    partitioning: Partitioning, state: TrainState, params: Any, trained: Any
+) -> TrainState:
+  """Gives an abstract state its shardings: moments lie where their parameters do.
 
-    place = lambda tree: jax.tree_util.tree_map_with_path(like, tree)
-    return TrainState(
-        place(state.step), params, place(state.opt_state),
-        None if state.average is None else place(state.average),
-    )
+  Args:
+    partitioning: of the mesh.
+    state: shapes.
+    params: of the state, with shardings.
+    trained: the part of them that has moments.
+  """
+  everywhere = partitioning.sharding(())
+  by_path = dict(jax.tree_util.tree_leaves_with_path(trained))
+
+  def like(path, leaf):
+    # A moment's path ends with its parameter's. Factored ones have another shape, and
+    # are small.
+    ends = (by_path.get(path[i:]) for i in range(len(path)))
+    param = next((end for end in ends if end is not None and end.shape == leaf.shape), None)
+    sharding = everywhere if param is None else param.sharding
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+  place = lambda tree: jax.tree_util.tree_map_with_path(like, tree)
+  return TrainState(
+      place(state.step), params, place(state.opt_state),
+      None if state.average is None else place(state.average),
+  )
 
 
-def _split_batch(x: Array, num_parts: int) -> Array:
+def split_batch(x: Array, num_parts: int) -> Array:
   """[batch, …] -> [parts, batch / parts, …], each device keeping its own rows."""
   return x.reshape(-1, num_parts, *x.shape[1:]).swapaxes(0, 1)
 

@@ -1,0 +1,1 @@
+"""What is learned beside a base model: one file a system."""

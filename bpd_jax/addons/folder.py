@@ -1,0 +1,140 @@
+"""Folders of add-ons: `addon.json` and Orbax `params/`.
+
+A folder says of which base its add-on is, by the fingerprint of its values, and whose ids
+it reads. It is written whole or not at all.
+"""
+
+import dataclasses
+import functools
+import importlib
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from bpd_jax.addons.addon import abstract_own, Addon, Made
+from bpd_jax.checkpoints import read_arrays, save_arrays
+from bpd_jax.errors import InputError
+from bpd_jax.folders import (
+    array_path,
+    check_new,
+    local_path,
+    new_folder,
+    PathLike,
+    read_object,
+    write_object,
+)
+from bpd_jax.generation import Generator
+from bpd_jax.reader import ModelReader
+
+ADDON_FILE = "addon.json"
+PARAMS_FOLDER = "params"
+
+
+def save_addon(
+    folder: PathLike, addon: Addon, own: Any, base: Generator, *,
+    recipe: dict[str, Any] | None = None, may_replace: bool = False,
+) -> None:
+  """Writes an add-on's folder.
+
+  Args:
+    folder: a path that doesn't exist yet; its parents are made.
+    addon: its config.
+    own: its parameters.
+    base: the model that it was trained behind.
+    recipe: what it was trained with, for the reader.
+    may_replace: whether something may be at the path.
+
+  Raises:
+    InputError: where the folder exists, can't be written or isn't readable afterwards.
+  """
+  array_path(folder, "addon")
+  if not may_replace:
+    check_new(folder)
+  with new_folder(folder, may_replace=may_replace) as partial:
+    save_arrays(partial / PARAMS_FOLDER, own)
+    if jax.process_index() == 0:
+      kind = type(addon)
+      write_object(partial / ADDON_FILE, {
+          "kind": f"{kind.__module__}:{kind.__qualname__}",
+          "config": dataclasses.asdict(addon),
+          "needs": {"base": base.fingerprint},
+          "vocabulary": base.vocabulary_fingerprint, "d_model": base.config.d_model,
+          "vocab_size": base.config.vocab_size, "recipe": recipe or {},
+      })
+
+
+def load_addon(folder: PathLike, base: Generator) -> tuple[Addon, Any]:
+  """Reads an add-on of a model.
+
+  Args:
+    folder: from `save_addon`.
+    base: the model that it was trained behind.
+
+  Returns:
+    The add-on, and its parameters where the base's mesh wants them.
+
+  Raises:
+    InputError: naming the file or field that isn't as it should be: an unknown kind or
+      field, another base, width or vocabulary, arrays that are cut short.
+  """
+  path = local_path(folder, "addon")
+  if not path.is_dir():
+    raise InputError("addon", str(folder), "a folder that exists")
+  found = read_object(path / ADDON_FILE)
+  addon = _read_addon(path / ADDON_FILE, found)
+  for field, mine in (
+      ("d_model", base.config.d_model), ("vocab_size", base.config.vocab_size),
+      ("vocabulary", base.vocabulary_fingerprint),
+  ):
+    if found.get(field) != mine:
+      raise InputError(f"{path} {field}", found.get(field), f"{mine}, the model's")
+  needed = found.get("needs", {}).get("base")
+  if needed != base.fingerprint:
+    raise InputError(f"{path} base", needed, f"{base.fingerprint}, the model's fingerprint")
+  target = abstract_own(addon, base.config, base.partitioning)
+  base.partitioning.check_params(target)
+  return addon, read_arrays(array_path(folder, "addon") / PARAMS_FOLDER, target)
+
+
+@functools.lru_cache(maxsize=8)
+def load_made(
+    folder: PathLike, base: Generator, block_size: int | None = None, top_k: int = 1
+) -> Made:
+  """`load_addon`, ready to decode behind its base; read once for all who ask.
+
+  Raises:
+    InputError: see `load_addon` and `Addon.make`.
+  """
+  addon, own = load_addon(folder, base)
+  return make_addon(addon, own, base, block_size, top_k)
+
+
+def make_addon(
+    addon: Addon, own: Any, base: Generator, block_size: int | None = None, top_k: int = 1
+) -> Made:
+  """An add-on's parameters, ready to decode behind their base."""
+  view = jax.jit(addon.view)(own)
+  return addon.make(ModelReader(base.model), view, block_size=block_size, top_k=top_k)
+
+
+def _read_addon(path: Path, found: dict[str, Any]) -> Addon:
+  """The add-on that a file describes; its kind's module is imported."""
+  kind = found.get("kind")
+  try:
+    module, _, name = kind.partition(":")
+    kind_class = importlib.import_module(module)
+    for part in name.split("."):
+      kind_class = getattr(kind_class, part)
+    is_addon = issubclass(kind_class, Addon)
+  except (AttributeError, ImportError, TypeError, ValueError) as error:
+    raise InputError(f"{path} kind", kind, f"module:Class of an add-on ({error})") from error
+  if not is_addon:
+    raise InputError(f"{path} kind", kind, "module:Class of an add-on")
+  fields = [field.name for field in dataclasses.fields(kind_class)]
+  config = found.get("config", {})
+  for name in config:
+    if name not in fields:
+      raise InputError(f"{path} config.{name}", config[name], f"one of the fields {fields}")
+  as_tuple = lambda x: tuple(map(as_tuple, x)) if isinstance(x, list) else x
+  return kind_class(**{name: as_tuple(value) for name, value in config.items()})
