@@ -46,6 +46,7 @@ FLOORS = {
     "bpd_jax.ngram": 4,
     "bpd_jax.prepare": 4,
     "bpd_jax.train": 4,
+    "bpd_jax.train_addon": 4,
 }
 # Commands of a package further down start like every other.
 COMMANDS = {

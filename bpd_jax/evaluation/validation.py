@@ -1,6 +1,6 @@
 """What is measured of a model while it trains: loss by head, and what it decodes."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 import dataclasses
 import functools
 from typing import Any
@@ -10,9 +10,11 @@ import numpy as np
 
 from bpd_jax.data.batches import cut_inputs, Dataset, in_order
 from bpd_jax.data.datasets import CachedTask, task_label, TextTask
+from bpd_jax.decoding.types import Drafting
 from bpd_jax.errors import check_count
 from bpd_jax.evaluation.quality import is_looping
 from bpd_jax.generation import Generator, INPUT_BUCKETS, naming_prompts
+from bpd_jax.training.addon_step import AddonStep
 from bpd_jax.training.loss import head_losses
 from bpd_jax.training.step import place_batch, Step
 from bpd_jax.vocabulary import Vocabulary
@@ -52,15 +54,38 @@ class Evaluation:
   """Figures of a model on validation tasks; to be called with parameters and a step."""
 
   def __init__(
-      self, step: Step, datasets: Sequence[Dataset], validation: Validation, batch_size: int,
-      vocabulary: Vocabulary, lengths: Mapping[str, int],
+      self, step: Step | AddonStep, datasets: Sequence[Dataset], validation: Validation,
+      batch_size: int, vocabulary: Vocabulary, lengths: Mapping[str, int],
+      decoder: Callable[[Any], tuple[Generator, str | Drafting]] | None = None,
+      read: Callable[[dict[str, Any]], dict[str, Any]] = lambda batch: batch,
   ):
+    """Opens nothing, compiles nothing.
+
+    Args:
+      step: measures the parameters.
+      datasets: of the validation's tasks.
+      validation: what is looked at.
+      batch_size: rows together.
+      vocabulary: of texts.
+      lengths: `input_length` and `target_length`.
+      decoder: from parameters to what decodes, and how; by default they are a model's, with
+        its own heads.
+      read: makes of a placed batch what the step measures.
+    """
     self._step = step
     self._datasets = datasets
     self._validation = validation
     self._batch_size = batch_size
     self._vocabulary = vocabulary
     self._lengths = lengths
+    self._decoder = decoder or self._own_heads
+    self._read = read
+
+  def _own_heads(self, params: Any) -> tuple[Generator, str]:
+    """The model that is trained, with its own heads."""
+    config = self._step.config
+    generator = Generator(config, params, self._step.partitioning, self._vocabulary)
+    return generator, "blockwise" if config.block_size > 1 else "greedy"
 
   def __call__(self, params: Any, step: int) -> dict[str, float]:
     """TASK/loss_head_i, accuracy_head_i, and of decoded rows block_efficiency, exact_match
@@ -71,10 +96,10 @@ class Evaluation:
     """
     del step
     # One for all tasks, as it makes its own view of the parameters.
-    generator = Generator(
-        self._step.config, params, self._step.partitioning, self._vocabulary
-    )
-    tasks = {dataset.name: self._measure(generator, dataset) for dataset in self._datasets}
+    decoder = self._decoder(params)
+    tasks = {
+        dataset.name: self._measure(params, decoder, dataset) for dataset in self._datasets
+    }
     names = set.intersection(*map(set, tasks.values()))
     figures = {
         f"validation/{name}": float(np.mean([task[name] for task in tasks.values()]))
@@ -84,13 +109,15 @@ class Evaluation:
       figures |= {f"{task}/{name}": value for name, value in values.items()}
     return figures
 
-  def _measure(self, generator: Generator, dataset: Dataset) -> dict[str, float]:
+  def _measure(
+      self, params: Any, decoder: tuple[Generator, str | Drafting], dataset: Dataset
+  ) -> dict[str, float]:
     place = functools.partial(place_batch, self._step.partitioning)
     sums = add_up(
-        jax.device_get(self._step.measure(generator.params, place(batch)))
+        jax.device_get(self._step.measure(params, self._read(place(batch))))
         for batch in in_order(
             dataset, self._batch_size, max_examples=self._validation.max_examples,
-            **generator.config.special_ids, **self._lengths,
+            **self._step.config.special_ids, **self._lengths,
         )
     )
     figures = head_losses(sums)
@@ -99,17 +126,18 @@ class Evaluation:
     )
     count = min(self._validation.num_decoded, len(dataset.lengths))
     if count:
-      figures |= self._decode(generator, dataset, count)
+      figures |= self._decode(*decoder, dataset, count)
     return figures
 
-  def _decode(self, generator: Generator, dataset: Dataset, count: int) -> dict[str, float]:
+  def _decode(
+      self, generator: Generator, method: str | Drafting, dataset: Dataset, count: int
+  ) -> dict[str, float]:
     config, most = generator.config, self._lengths["input_length"]
     inputs, targets = zip(*(dataset[i] for i in range(count)))
     with naming_prompts([f"{dataset.name} example {i}" for i in range(count)]):
       out = generator.generate(
           [cut_inputs(row, most, config.eos_id).tolist() for row in inputs],
-          "blockwise" if config.block_size > 1 else "greedy",
-          max_length=self._lengths["target_length"], batch_size=self._batch_size,
+          method, max_length=self._lengths["target_length"], batch_size=self._batch_size,
           buckets=(*INPUT_BUCKETS, most),
       )
     same = [np.array_equal(row, target) for row, target in zip(out.tokens, targets)]
