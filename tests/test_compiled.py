@@ -28,11 +28,12 @@ from bpd_jax.reader import heads_drafter, prefill
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ModelConfig(
     vocab_size=512, d_model=32, d_ff=48, d_kv=16, num_heads=3, num_encoder_layers=2,
-    num_decoder_layers=3, block_size=8, head_d_ff=32,
+    num_decoder_layers=2, block_size=8, head_d_ff=32,
 )
 MAX_LENGTH = 41
 
 
+@functools.cache
 def compiled_loop(config, width, batch):
   """The decode loop as `generate` runs it, compiled from shapes alone."""
   place = single_device()

@@ -174,7 +174,7 @@ def test_heads_always_right_need_one_call_and_a_ceiling(hf_models, block_size, t
 
 
 FLOAT32 = ModelConfig(
-    vocab_size=2048, d_model=512, d_ff=1024, d_kv=64, num_heads=6, num_encoder_layers=2,
+    vocab_size=2048, d_model=512, d_ff=512, d_kv=64, num_heads=4, num_encoder_layers=2,
     num_decoder_layers=2, block_size=8, head_d_ff=256,
 )
 
@@ -186,7 +186,7 @@ def wide():
   rng = np.random.default_rng(6)
   w2 = params["heads"]["w2"]
   params["heads"]["w2"] = rng.standard_normal(w2.shape).astype(np.float32) / 40
-  prompts = [rng.integers(2, 2048, n).tolist() for n in rng.integers(4, 33, 128)]
+  prompts = [rng.integers(2, 2048, n).tolist() for n in rng.integers(4, 33, 64)]
   generator = Generator(FLOAT32, params)
   greedy = generator.generate(prompts, "greedy", max_length=32, batch_size=32)
   return params, generator, prompts, greedy
@@ -198,8 +198,8 @@ def float64_logits(params, prompt, tokens):
     model = EncoderDecoder(FLOAT32.with_dtype("float64"), single_device())
     variables = {"params": jax.tree.map(np.float64, params)}
     targets = np.array([[0, *tokens[:-1]]])
-    return np.asarray(model.apply(variables, np.array([prompt]), np.ones([1, len(prompt)], bool),
-                                  targets))[0]
+    mask = np.ones([1, len(prompt)], bool)
+    return np.asarray(jax.jit(model.apply)(variables, np.array([prompt]), mask, targets))[0]
 
 
 def test_float32_differs_in_near_ties_alone(wide):
@@ -213,7 +213,7 @@ def test_float32_differs_in_near_ties_alone(wide):
     for difference in differences:
       print(method, difference)
     assert check_differences(differences, len(prompts)), list(map(str, differences))
-  assert len({tuple(row) for row in greedy.tokens}) > 125
+  assert len({tuple(row) for row in greedy.tokens}) > 62
 
 
 def test_real_flips_are_near_ties_and_too_many_fail(wide):
@@ -226,9 +226,9 @@ def test_real_flips_are_near_ties_and_too_many_fail(wide):
   twins = {**params, "logits_kernel": kernel}
   generator = Generator(FLOAT32, twins)
   options = {"max_length": 32, "batch_size": 32}
-  greedy = generator.generate(prompts[:64], "greedy", **options).tokens
-  found = generator.generate(prompts[:64], "blockwise", **options).tokens
-  differences = find_differences(FLOAT32, twins, prompts[:64], greedy, found)
+  greedy = generator.generate(prompts, "greedy", **options).tokens
+  found = generator.generate(prompts, "blockwise", **options).tokens
+  differences = find_differences(FLOAT32, twins, prompts, greedy, found)
   assert len(differences) > 8 and all(x.is_near_tie for x in differences)
   assert all(abs(x.token - x.greedy_token) == 1024 for x in differences)
   assert check_differences(differences[:1], 64) and not check_differences(differences, 64)

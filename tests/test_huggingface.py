@@ -1,5 +1,6 @@
 """Import and export agree with transformers on random models of every kind."""
 
+import functools
 import json
 import os
 from pathlib import Path
@@ -18,7 +19,9 @@ transformers = pytest.importorskip("transformers")
 import hf_models
 from pieces import train_pieces
 from safetensors.numpy import load_file, save_file
+from train_runs import run
 
+from bpd_jax import export, import_checkpoint
 from bpd_jax.checkpoints import load_model
 from bpd_jax.errors import InputError
 from bpd_jax.generation import Generator
@@ -88,11 +91,14 @@ def torch_logits(model):
 def our_logits(config, params):
   """The same from here."""
   tokens, mask, targets = random_inputs()
-  ours = EncoderDecoder(config, PLACE)
-  variables = {"params": params}
-  encoded = ours.apply(variables, tokens, mask, method="encode")
-  logits = ours.apply(variables, tokens, mask, targets)
+  encoded, logits = forward(config, params, tokens, mask, targets)
   return np.asarray(encoded, np.float64) * mask[:, :, None], np.asarray(logits, np.float64)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def forward(config, params, tokens, mask, targets):
+  ours = functools.partial(EncoderDecoder(config, PLACE).apply, {"params": params})
+  return ours(tokens, mask, method="encode"), ours(tokens, mask, targets)
 
 
 def in_float64(config, params):
@@ -169,7 +175,7 @@ def test_public_sizes_of_relative_bias_agree(tmp_path):
     expected = model(input_ids=ids, decoder_input_ids=ids).logits.numpy()
   with jax.enable_x64(True):
     config, params = in_float64(*import_model(tmp_path))
-    found = EncoderDecoder(config, PLACE).apply({"params": params}, tokens, mask, tokens)
+    _, found = forward(config, params, tokens, mask, tokens)
     assert_close([np.asarray(found)], [expected], 1e-10)
 
 
@@ -281,17 +287,19 @@ def test_half_precision_folder_becomes_float32(tmp_path, dtype):
   assert_close(our_logits(config, params), torch_logits(model.float()), 1e-5)
 
 
-def test_import_needs_no_torch(folder):
+def test_import_needs_no_torch(copy):
   code = (
       "import sys\n"
       "from bpd_jax.interchange.huggingface import export_model, import_model\n"
-      "import_model(sys.argv[1])\n"
-      "print([name for name in ('torch', 'transformers', 'tensorflow') if name in sys.modules])"
+      "for folder in sys.argv[1:]:\n"
+      "  import_model(folder)\n"
+      "  print([name for name in ('torch', 'transformers', 'tensorflow') if name in sys.modules])"
   )
   done = subprocess.run(
-      [sys.executable, "-c", code, folder], cwd=ROOT, capture_output=True, text=True, check=True
+      [sys.executable, "-c", code, *map(copy, hf_models.KINDS)], cwd=ROOT, capture_output=True,
+      text=True, check=True,
   )
-  assert done.stdout == "[]\n"
+  assert done.stdout == "[]\n" * len(hf_models.KINDS)
 
 
 @pytest.mark.parametrize("max_shard_bytes", [huggingface.MAX_SHARD_BYTES, 8000])
@@ -580,33 +588,38 @@ def test_commands_there_and_back(copy, tmp_path):
   assert (back / "spiece.model").read_bytes() == (folder / "spiece.model").read_bytes()
 
 
-def assert_one_line(done, text):
-  assert done.returncode == 2
-  assert done.stdout == ""
-  assert len(done.stderr.splitlines()) == 1, done.stderr
-  assert done.stderr.startswith("error: ") and text in done.stderr
+def assert_one_line(status, out, err, text):
+  assert status == 2
+  assert out == ""
+  assert len(err.splitlines()) == 1, err
+  assert err.startswith("error: ") and text in err
 
 
-def test_commands_say_errors_in_one_line(copy, tmp_path):
+def test_commands_say_errors_in_one_line(copy, tmp_path, capsys):
   folder = copy(max_shard_size="8KB")
+  import_it = ["--from", str(folder), "--to", str(tmp_path / "there")]
+
+  def says(main, argv, text):
+    capsys.readouterr()
+    assert_one_line(run(argv, main), *capsys.readouterr(), text)
+
   edit_config(folder, d_ff=48)
   name = "tensor encoder.block.0.layer.1.DenseReluDense.wi_0.weight"
-  done = command("bpd_jax.import_checkpoint", "--from", folder, "--to", tmp_path / "there")
-  assert_one_line(done, f"{name} shape = (40, 24): allowed is (48, 24)")
+  done = command("bpd_jax.import_checkpoint", *import_it)
+  text = f"{name} shape = (40, 24): allowed is (48, 24)"
+  assert_one_line(done.returncode, done.stdout, done.stderr, text)
   edit_config(folder, d_ff=40)
   pointer = folder / "spiece.model"
   pointer.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 791656\n")
-  done = command("bpd_jax.import_checkpoint", "--from", folder, "--to", tmp_path / "there")
-  assert_one_line(done, "git-LFS pointer, for `git lfs pull`")
+  says(import_checkpoint.main, import_it, "git-LFS pointer, for `git lfs pull`")
   pointer.unlink()
   (folder / "added_tokens.json").write_text('{"{": 97}')
   (folder / "spiece.model").write_bytes(train_pieces(90))
-  done = command("bpd_jax.import_checkpoint", "--from", folder, "--to", tmp_path / "there")
-  assert_one_line(done, "added tokens = ['{']: allowed is those of a tokenizer.json")
+  text = "added tokens = ['{']: allowed is those of a tokenizer.json"
+  says(import_checkpoint.main, import_it, text)
   shard = sorted(folder.glob("model-00002-*.safetensors"))[0]
   shard.unlink()
-  done = command("bpd_jax.import_checkpoint", "--from", folder, "--to", tmp_path / "there")
-  assert_one_line(done, shard.name)
+  says(import_checkpoint.main, import_it, shard.name)
   assert not (tmp_path / "there").exists()
-  done = command("bpd_jax.export", "--from", tmp_path / "absent", "--to", tmp_path / "out")
-  assert_one_line(done, "a folder that exists")
+  export_it = ["--from", str(tmp_path / "absent"), "--to", str(tmp_path / "out")]
+  says(export.main, export_it, "a folder that exists")

@@ -34,9 +34,9 @@ from bpd_jax.partitioning import make_partitioning, single_device
 folder = sys.argv[1]
 config = ModelConfig(
     vocab_size=48, d_model=16, d_ff=32, d_kv=8, num_heads=2, num_encoder_layers=1,
-    num_decoder_layers=2, block_size=4, head_d_ff=16).with_dtype("float64")
+    num_decoder_layers=1, block_size=4, head_d_ff=16).with_dtype("float64")
 # Of sizes that don't divide over the mesh.
-small = config.replace(d_model=9, d_ff=7, num_heads=3, num_decoder_layers=1, block_size=1)
+small = config.replace(d_model=9, d_ff=7, num_heads=3, block_size=1)
 make = lambda config, seed: init_params(config, single_device(), jax.random.key(seed))
 params = make(config, 0)
 params["heads"]["w2"] = jax.random.normal(jax.random.key(1), params["heads"]["w2"].shape) / 8
