@@ -52,6 +52,7 @@ ARRAYS = ("tests/test_ngram_arrays.py", "-k", "dictionarys or another")
 ARPA = ("tests/test_ngram_arpa.py",)
 NGRAM = ("tests/test_ngram.py",)
 SEARCH = ("tests/test_search.py",)
+FINITE = ("tests/test_finite.py", "-k", "where_greedy_would")
 RESCORED = ("tests/test_rescored_model.py", "-k", "neural_scorer or perfectly or oracle")
 REPLAY = ("tests/test_replay.py",)
 TUNING = ("tests/test_tuning.py", "-k", "wins or chosen")
@@ -132,6 +133,14 @@ MUTATIONS = (
     Mutation("accept index - 1", "decoding/accept.py",
              "path = trees.path_to(tree, last)",
              "last = jnp.maximum(last - 1, 0)\n  path = trees.path_to(tree, last)", LOOP),
+    Mutation("infinity is a choice", "decoding/verify.py",
+             "is_finite=jnp.isfinite(largest)", "is_finite=~jnp.isnan(largest)",
+             ("tests/test_finite.py", "-k", "one_number")),
+    Mutation("child of no choice accepted", "decoding/accept.py",
+             "may_go_on &= verified.is_finite", "pass", FINITE),
+    Mutation("a row that only pads fails", "decoding/loop.py",
+             "failure = jnp.where(state.is_done, state.failure, failure.astype(jnp.int32))",
+             "failure = failure.astype(jnp.int32)", FINITE),
     Mutation("no slack in the buffer", "decoding/cache.py",
              "return max_length + max_depth + 1", "return max_length", LOOP),
     Mutation("child of an accepted EOS accepted", "decoding/accept.py",
@@ -313,6 +322,18 @@ MUTATIONS = (
              "    claim_run(workdir, identity)\n    if not has_begun:\n      # All", INPUT),
     Mutation("any vocabulary for a checkpoint", "train.py",
              "if words.fingerprint != expected:", "if False:", INPUT),
+    Mutation("a sign typed in capitals", "data/typing_errors.py",
+             "core[0].isupper() and core[1].isalpha() and", "core[0].isupper() and",
+             ("tests/test_typing_errors.py", "-k", "what_can_happen")),
+    Mutation("an example of validation goes by its prompt", "evaluation/validation.py",
+             'f"{dataset.name} example {i}"', 'f"prompts[{i}]"',
+             ("tests/test_finite.py", "-k", "validation_names")),
+    Mutation("a report's rows go by their prompts", "evaluate.py",
+             "    with naming_prompts(own.places):\n      analysis", "    if True:\n      analysis",
+             ("tests/test_finite.py", "-k", "report_names")),
+    Mutation("a watched row goes by its place alone", "evaluation/watch.py",
+             "raise error.of(row) from error", "raise",
+             ("tests/test_finite.py", "-k", "replay_says")),
     Mutation("n-grams over a start counted", "ngram_lm/counts.py",
              "goes_on[goes_on] = tokens[places[goes_on] + 1] != start_id", "pass", SMOOTHING),
     Mutation("counts of what a start begins by kinds", "ngram_lm/smoothing.py",
