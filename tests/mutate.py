@@ -54,6 +54,7 @@ NGRAM = ("tests/test_ngram.py",)
 SEARCH = ("tests/test_search.py",)
 FINITE = ("tests/test_finite.py", "-k", "where_greedy_would")
 RESCORED = ("tests/test_rescored_model.py", "-k", "neural_scorer or perfectly or oracle")
+SCORING = ("tests/test_scoring.py", "-k", "judges or source_lies")
 REPLAY = ("tests/test_replay.py",)
 TUNING = ("tests/test_tuning.py", "-k", "wins or chosen")
 ANALYSIS = ("tests/test_analysis.py",)
@@ -118,6 +119,8 @@ MUTATIONS = (
              "jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), rows)",
              "jax.random.split(jax.random.key(seed), len(rows))",
              ("tests/test_generation.py", "-k", "keys")),
+    Mutation("a small model split over a mesh", "evaluation/scoring.py",
+             "generator.partitioning.replicated()", "generator.partitioning", SCORING),
     Mutation("heads judged a token early", "evaluation/analysis.py",
              "at = jnp.arange(length)[:, None] + jnp.arange(heads)",
              "at = jnp.arange(length)[:, None] + jnp.arange(heads) - 1", ANALYSIS),
@@ -325,6 +328,11 @@ MUTATIONS = (
     Mutation("a sign typed in capitals", "data/typing_errors.py",
              "core[0].isupper() and core[1].isalpha() and", "core[0].isupper() and",
              ("tests/test_typing_errors.py", "-k", "what_can_happen")),
+    Mutation("ids beyond the embedding table", "data/datasets.py",
+             "if cache.vocab_size > vocab_size:", "if False:",
+             ("tests/test_train_input.py", "-k", "embedding_table")),
+    Mutation("n-grams of another EOS", "ngram.py",
+             "if cache.eos_id != eos_id:", "if False:", NGRAM),
     Mutation("an example of validation goes by its prompt", "evaluation/validation.py",
              'f"{dataset.name} example {i}"', 'f"prompts[{i}]"',
              ("tests/test_finite.py", "-k", "validation_names")),

@@ -1,30 +1,44 @@
-"""A drafter whose probes enter below the last layer: decoded, searched and replayed."""
+"""A drafter whose probes enter below the last layer: decoded, searched, replayed and trained."""
 
 import dataclasses
+import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from train_runs import write_jsonl
 
+from bpd_jax.addons.addon import Addon, init_own, Made
+from bpd_jax.addons.folder import make_addon
+from bpd_jax.data.jsonl import JsonlTask
+from bpd_jax.data.rows import RowsTask
+from bpd_jax.decoding.cache import empty_cache
 from bpd_jax.decoding.lattice import top_k_lattice
 from bpd_jax.decoding.search import SearchSettings
-from bpd_jax.decoding.types import Drafter, Drafting
+from bpd_jax.decoding.types import Drafter, Drafting, Params
 from bpd_jax.evaluation.analysis import lattice_statistics
+from bpd_jax.evaluation.drafting import Draft
 from bpd_jax.evaluation.replay import record, replay
 from bpd_jax.evaluation.watch import watch
-from bpd_jax.generation import Generator
+from bpd_jax.generation import Generator, load
 from bpd_jax.model.config import ModelConfig
-from bpd_jax.model.model import init_params
+from bpd_jax.model.model import decode_view, EncoderDecoder, init_params
 from bpd_jax.model.probes import ProbeSpec
 from bpd_jax.partitioning import single_device
 from bpd_jax.reader import ModelReader
+from bpd_jax.train_addon import train_addon
+from bpd_jax.training.loop import Schedule
+from bpd_jax.training.objective import Objective
+from bpd_jax.training.optimizer import Optimizer
 
 CONFIG = ModelConfig(
     vocab_size=24, d_model=16, d_ff=32, d_kv=8, num_heads=2, num_encoder_layers=1,
     num_decoder_layers=3,
 ).with_dtype("float64")
 MAX_LENGTH, K = 14, 3
+SHIPPED = Path(__file__).resolve().parent.parent / "experiments/docstrings/model"
 OPTIONS = {"max_length": MAX_LENGTH, "batch_size": 4, "buckets": (16,)}
 
 
@@ -115,3 +129,97 @@ def test_what_is_learned_decides_and_analyses_read_it(model, learned, prompts):
   assert [step.call for step in watched] == one.traces[2]
   assert all(len(call.steps) == K for call in watched[1:])
   assert len(statistics["recall"]) == K and 0 < statistics["recall"][0][-1] <= 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Probes(Addon):
+  """What the probes of a node are."""
+
+  depth: int = K
+  enter_layer: int = 1
+
+  def init(self, config, key):
+    return {"probes": jax.random.normal(key, [self.depth, config.d_model], config.param_dtype)}
+
+  def view(self, own):
+    return own["probes"]
+
+  def make(self, reader, own, *, block_size=None, top_k=1):
+    depth = self.depth if block_size is None else block_size - 1
+    return Made(Drafting(ProbeDrafter(reader, depth, top_k, self.enter_layer), own[:depth]))
+
+
+@dataclasses.dataclass(frozen=True)
+class Foresight(Objective):
+  """Probe i of a position says the token i after the next: through decoding's own block call."""
+
+  texts: str = "references"
+  reads_states: bool = False
+
+  def counts(self, batch):
+    return (batch["decoder_segment_ids"] > 0).sum()
+
+  def loss(self, addon, model, base, own, batch, counts, key):
+    config = model.config
+    view, apply = decode_view(config, base), EncoderDecoder(
+        config, model.partitioning, is_view=True
+    ).apply
+    mask = batch["encoder_segment_ids"] > 0
+    encoded = apply({"params": view}, batch["encoder_input_tokens"], mask, method="encode")
+    cross = apply({"params": view}, encoded, method="cross_keys_values")
+    rows, length = batch["decoder_input_tokens"].shape
+    cache = empty_cache(
+        config.num_decoder_layers, rows, config.num_heads, 1, config.d_kv, config.dtype
+    )
+    reader = ModelReader(EncoderDecoder(config, model.partitioning, is_view=True))
+    drafter = addon.make(reader, addon.view(own)).drafting.drafter
+    *_, states = apply(
+        {"params": view}, batch["decoder_input_tokens"], jnp.arange(length)[None],
+        jnp.tri(length, dtype=bool)[None], tuple(zip(cache.keys, cache.values)), cache.lengths,
+        cross, mask, drafter.probes(Params(view, addon.view(own))), method="decode_block",
+    )
+    logs = jax.nn.log_softmax(apply({"params": view}, states, method="logits"))
+    nll, correct, count = [], [], []
+    for i in range(1, addon.depth + 1):
+      pad = ((0, 0), (0, i))
+      right = jnp.pad(batch["decoder_target_tokens"][:, i:], pad)
+      there = jnp.pad(batch["decoder_segment_ids"][:, i:], pad) > 0
+      own_logs = logs[:, :, i - 1]
+      value = -jnp.take_along_axis(own_logs, right[..., None], axis=-1)[..., 0]
+      nll.append(jnp.where(there, value, 0).sum())
+      correct.append((there & (own_logs.argmax(-1) == right)).sum().astype(value.dtype))
+      count.append(there.sum().astype(value.dtype))
+    sums = {"nll": jnp.stack(nll), "correct": jnp.stack(correct), "count": jnp.stack(count)}
+    return sums["nll"].sum() / counts, sums
+
+
+def test_probes_learn_behind_the_shipped_base(tmp_path):
+  """An add-on, its drafter and its objective, all of them in this file."""
+  rows = RowsTask("grammar", "validation", 24).rows()
+  write_jsonl(tmp_path / "rows.jsonl", rows)
+  task = JsonlTask("rows", str(tmp_path / "rows.jsonl"), targets="targets")
+  train_addon(
+      str(tmp_path / "run"), str(SHIPPED), Probes(), Foresight(), [task],
+      Schedule(60, log_every=20, save_every=60), batch_size=8, input_length=64,
+      # Residual streams are as large as they are, and what is added to them has to be.
+      target_length=32, num_microbatches=2, optimizer=Optimizer("adamw", 10.0, "constant", 5),
+  )
+  figures = [
+      json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+  ]
+  assert figures[-1]["train/loss"] < 0.7 * figures[0]["train/loss"]
+  base = load(SHIPPED)
+  prompts = base.encode_prompts([row["inputs"] for row in rows])
+  options = {"max_length": 32, "batch_size": 8, "buckets": (64,)}
+  greedy = base.generate(prompts, "greedy", **options)
+  method = Draft(addon=str(tmp_path / "run/addon")).make(base)
+  live = base.generate(prompts, method, **options)
+  assert [row.tolist() for row in live.tokens] == [row.tolist() for row in greedy.tokens]
+  fresh = make_addon(Probes(), init_own(
+      Probes(), base.config, base.partitioning, jax.random.key(0)), base).drafting
+  before = base.generate(prompts, fresh, **options)
+  assert sum(live.calls) < 0.95 * sum(before.calls)
+  again = replay(base, record(base, prompts, greedy, 32), method, batch_size=8)
+  assert [[call.emitted for call in trace] for trace in again.traces] == [
+      [call.emitted for call in trace] for trace in live.traces
+  ]
