@@ -9,7 +9,7 @@ import sys
 # Files of tests that take longest. They begin first, so that processes that share the tests
 # end together.
 LONGEST = (
-    "exactness", "step", "huggingface", "evaluate", "scoring", "tuning", "finite",
+    "exactness", "addon", "mesh", "step", "huggingface", "evaluate", "scoring", "tuning", "finite",
     "rescored_model", "loop_training", "train", "train_modes", "train_input", "journey",
     "benchmark", "prepare", "plan",
 )

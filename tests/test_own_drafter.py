@@ -8,7 +8,9 @@ import sys
 import jax
 import numpy as np
 import pytest
+from train_runs import run, write_rows
 
+from bpd_jax import train_addon
 from bpd_jax.checkpoints import save_model
 from bpd_jax.decoding.search import SearchSettings
 from bpd_jax.errors import InputError
@@ -19,8 +21,13 @@ from bpd_jax.model.model import init_params
 from bpd_jax.partitioning import single_device
 
 PAGE = (Path(__file__).resolve().parent.parent / "docs/own_drafter.md").read_text()
-EXAMPLE, REGISTRATION = re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
-GIN = re.search(r"^```\n(# copying.gin\n.*?)^```", PAGE, re.MULTILINE | re.DOTALL)[1]
+EXAMPLE, REGISTRATION, LEARNING = re.findall(
+    r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL
+)
+GIN, LEARNING_GIN = (
+    re.search(rf"^```\n(# {name}.gin\n.*?)^```", PAGE, re.MULTILINE | re.DOTALL)[1]
+    for name in ("copying", "turning")
+)
 # Few tokens, so that copies are right now and then.
 CONFIG = ModelConfig(
     vocab_size=14, d_model=16, d_ff=16, d_kv=8, num_heads=2, num_encoder_layers=1,
@@ -90,3 +97,39 @@ def test_the_example_is_evaluated_by_name(copying, tmp_path, capsys):
   assert list(methods) == ["greedy", "blockwise", "copy"]
   assert (methods["copy"]["nodes"], methods["copy"]["identical_to_greedy"]) == (8, 1.0)
   assert "copy" in capsys.readouterr().out
+
+
+def test_the_one_that_learns_is_trained_and_evaluated(tmp_path, monkeypatch, capsys):
+  write_rows(tmp_path)
+  config = CONFIG.replace(vocab_size=384, block_size=1)
+  params = init_params(config, single_device(), jax.random.key(5))
+  save_model(tmp_path / "model", config, params, tmp_path / "tokenizer_config.json")
+  (tmp_path / "turning.py").write_text(LEARNING)
+  (tmp_path / "turning.gin").write_text(LEARNING_GIN)
+  monkeypatch.syspath_prepend(tmp_path)
+  macros = {
+      "CHECKPOINT": f"{tmp_path}/model", "WORKDIR": f"{tmp_path}/run",
+      "ROWS": f"{tmp_path}/train.jsonl", "VALIDATION_ROWS": f"{tmp_path}/validation.jsonl",
+      "STEPS": 30, "WARMUP_STEPS": 2, "LOG_EVERY": 10, "BATCH_SIZE": 8, "INPUT_LENGTH": 32,
+      "TARGET_LENGTH": 16, "NUM_DECODED": 4,
+  }
+  argv = [f"--gin_file={tmp_path}/turning.gin",
+          *(f"--gin.{name}={value!r}" for name, value in macros.items())]
+  assert run(argv, train_addon.main) == 0
+  figures = [json.loads(x) for x in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+  losses = [line["train/loss"] for line in figures if "train/loss" in line]
+  assert len(losses) == 3 and losses[-1] < losses[0]
+  # It is done, and says so again.
+  assert run(argv, train_addon.main) == 0 and "goes on in" in capsys.readouterr().out
+  assert run([*argv, "--gin.SEED=1"], train_addon.main) == 2
+  assert "seed = 0: allowed is" in capsys.readouterr().err.replace("seed = 1", "seed = 0")
+  main([
+      "--gin_file=gin/runs/evaluate_jsonl.gin", f"--gin.CHECKPOINT='{tmp_path}/model'",
+      f"--gin.ROWS='{tmp_path}/validation.jsonl'", f"--gin.OUTPUT='{tmp_path}/out'",
+      "--gin.BATCH_SIZE=4", "--gin.MAX_DECODE_LENGTH=9", "--gin.REPEATS=1",
+      f"--gin.Draft.addon='{tmp_path}/run/addon'", "--gin.evaluate.methods=[@heads/Method()]",
+  ])
+  methods = json.loads((tmp_path / "out/results.json").read_text())["tasks"]["rows"]["methods"]
+  assert methods["blockwise"]["nodes"] == 4 and methods["blockwise"]["identical_to_greedy"] == 1
+  assert methods["blockwise"]["decoder_calls"] <= methods["greedy"]["decoder_calls"]
+  del sys.modules["turning"]
