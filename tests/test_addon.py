@@ -193,24 +193,22 @@ def test_it_is_reported_as_any_method(one, folder):
   mine = Draft(addon=str(folder / "one/run/addon"))
   results = evaluate(
       str(SHIPPED), [task],
-      [Method("heads", Draft(4)), Method("mine", mine),
-       Method("mine_best", dataclasses.replace(mine, top_k=3), "best_first", num_nodes=6)],
+      [Method("heads", Draft(4)), Method("mine", mine)],
       str(folder / "results"), max_decode_length=32, batch_size=4, repeats=1, has_report=True,
   )
   methods = results["tasks"]["rows"]["methods"]
-  assert methods["mine"]["draft"]["addon"] == mine.addon and methods["mine_best"]["nodes"] == 6
+  assert methods["mine"]["draft"]["addon"] == mine.addon
   assert all(entry["identical_to_greedy"] == 1 for entry in methods.values())
   assert methods["mine"]["decoder_calls"] == sum(one["calls"][:4])
   analysis = json.loads((folder / "results/analysis.json").read_text())["rows"]
-  assert [lattice["methods"] for lattice in analysis["lattices"]] == [
-      ["heads"], ["mine", "mine_best"]
-  ]
+  assert [lattice["methods"] for lattice in analysis["lattices"]] == [["heads"], ["mine"]]
   assert analysis["methods"]["mine"]["replay_equals_live"] == 1
-  assert {decode["method"] for decode in analysis["decodes"]} == {"heads", "mine", "mine_best"}
+  assert {decode["method"] for decode in analysis["decodes"]} == {"heads", "mine"}
   page = (folder / "results/report.html").read_text()
-  assert "<td>mine_best</td>" in page and "decoded with mine: " in page
+  assert "<td>mine</td>" in page and "decoded with mine: " in page
 
 
+@pytest.mark.slow  # Eight devices compile everything anew, for half a minute.
 def test_on_eight_devices_it_is_the_same(one, folder):
   environment = os.environ | {
       "XLA_FLAGS": device_flags(8), "JAX_PLATFORMS": "cpu",

@@ -24,6 +24,8 @@ CONFIG = ModelConfig(
 )
 # Of activations: the axes that each of them is split over.
 SPLIT = {
+    ("batch", "length"): ["data", "fsdp"],
+    ("vocab", None): ["model"],
     ("batch", "length", "embed"): ["data", "fsdp"],
     ("batch", "length", "mlp"): ["data", "fsdp", "model"],
     ("batch", "length", "heads", "kv"): ["data", "fsdp", "model"],
@@ -100,7 +102,7 @@ def on_mesh():
 def test_activations_lie_where_their_names_say(on_mesh, program):
   found = on_mesh[program]
   kinds = {tuple(names) for names, *_ in found}
-  assert kinds == {names for names in SPLIT if program == "decode" or names[1] == "length"}
+  assert kinds == {names for names in SPLIT if program == "decode" or names[1] in ("length", None)}
   for names, shard, shape, axes in found:
     assert axes == SPLIT[tuple(names)], (names, axes)
     assert int(np.prod(shape)) == 2 ** len(axes) * int(np.prod(shard))

@@ -193,6 +193,7 @@ class Foresight(Objective):
     return sums["nll"].sum() / counts, sums
 
 
+@pytest.mark.slow  # Compiles the block call over whole targets, for a minute.
 def test_probes_learn_behind_the_shipped_base(tmp_path):
   """An add-on, its drafter and its objective, all of them in this file."""
   rows = RowsTask("grammar", "validation", 24).rows()

@@ -73,24 +73,16 @@ def watch(
   """
   settings = generator.settings(method, scoring=scoring, policing=policing, **options)
   params = generator.decode_params(method, scoring, policing)
-  rows = recorded_rows(recording, [row], 1)
-  # Whichever row it is, the programs are those of any.
-  begin, call = (
-      functools.partial(program, generator.model, settings, params, rows)
-      for program in (_begin, _call)
-  )
-  state, seen, roots = begin(), [], []
-  while not state.is_done.all():
-    roots.append(int(state.root[0]))
-    state, called = call(state)
-    seen.append(called)
+  state, calls = _calls(generator.model, settings, params, recorded_rows(recording, [row], 1))
   found = fetch_state(state)
   check_finite(generator.config, found, [row])
   _, _, trace = read_row(found, 0)
-  return [
-      WatchedCall(root, _steps(settings, params, called, root, call), call)
-      for root, called, call in zip(roots, seen, trace, strict=True)
-  ]
+  watched, root = [], generator.config.start_id
+  for number, call in enumerate(trace):
+    called = jax.tree.map(lambda leaf, number=number: leaf[number], calls)
+    watched.append(WatchedCall(root, _steps(settings, params, called, root, call), call))
+    root = call.emitted[-1]
+  return watched
 
 
 def _steps(settings, params, called, root: int, call: Call) -> list[WatchedStep]:
@@ -111,15 +103,13 @@ def _steps(settings, params, called, root: int, call: Call) -> list[WatchedStep]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _begin(model, settings, params, rows):
-  _, state = recorded_loop(model, settings, params, rows)
-  return state
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _call(model, settings, params, rows, state):
-  loop, _ = recorded_loop(model, settings, params, rows)
-  return loop.call(state)
+def _calls(model, settings, params, rows):
+  """The last state, and every call one after the other, those of a done row too."""
+  loop, state = recorded_loop(model, settings, params, rows)
+  state, calls = jax.lax.scan(
+      lambda state, _: loop.call(state), state, None, length=rows.prompt.max_length
+  )
+  return state.replace(step=None, drafter=(), rescorer=(), policy=()), calls
 
 
 @functools.partial(jax.jit, static_argnums=0)
