@@ -97,6 +97,11 @@ def train_addon(
       raise InputError(f"train_addon.{name}", value, f"of a class derived from {kind.__name__}")
   if objective.texts not in TEXTS:
     raise InputError("objective.texts", objective.texts, f"one of {TEXTS}")
+  if jax.process_count() > 1 and (objective.texts == "outputs" or objective.reads_states):
+    raise InputError(
+        "train_addon.objective", objective,
+        "one of references that reads no states, where several processes train",
+    )
   sizes = {"batch_size": batch_size, "input_length": input_length,
            "target_length": target_length, "max_states": max_states}
   for name, size in sizes.items():

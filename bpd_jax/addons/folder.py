@@ -18,6 +18,7 @@ from bpd_jax.errors import InputError
 from bpd_jax.folders import (
     array_path,
     check_new,
+    contents_fingerprint,
     local_path,
     new_folder,
     PathLike,
@@ -97,7 +98,6 @@ def load_addon(folder: PathLike, base: Generator) -> tuple[Addon, Any]:
   return addon, read_arrays(array_path(folder, "addon") / PARAMS_FOLDER, target)
 
 
-@functools.lru_cache(maxsize=8)
 def load_made(
     folder: PathLike, base: Generator, block_size: int | None = None, top_k: int = 1
 ) -> Made:
@@ -106,8 +106,17 @@ def load_made(
   Raises:
     InputError: see `load_addon` and `Addon.make`.
   """
-  addon, own = load_addon(folder, base)
-  return make_addon(addon, own, base, block_size, top_k)
+  # By the contents, as another add-on may come to lie there.
+  contents = contents_fingerprint(folder, "addon")
+  return _load_made(str(folder), contents, base, block_size, top_k)
+
+
+@functools.lru_cache(maxsize=8)
+def _load_made(
+    folder: str, contents: str, base: Generator, block_size: int | None, top_k: int
+) -> Made:
+  del contents
+  return make_addon(*load_addon(folder, base), base, block_size, top_k)
 
 
 def make_addon(
