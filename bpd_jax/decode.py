@@ -213,7 +213,7 @@ def main(argv: Sequence[str]) -> None:
   parser.add_argument(
       "--mesh", metavar="DATA,FSDP,MODEL",
       help="devices along the batch, along batch and parameters, and along heads and "
-      "vocabulary; -1 is all that are left (default 1,1,1: one device)",
+      "vocabulary; -1 is all that are left, as in --mesh=-1,1,1 (default 1,1,1: one device)",
   )
   args = parser.parse_args(argv)
   prompts = read_prompts(args.prompts, args.file, args.field)

@@ -30,7 +30,7 @@ from bpd_jax.evaluation.tuning import Tuned, Tuning
 from bpd_jax.folders import contents_fingerprint, resumable_folder, write_object
 from bpd_jax.generation import load
 from bpd_jax.launch import read_gin, run
-from bpd_jax.partitioning import Partitioning
+from bpd_jax.partitioning import Partitioning, single_device
 from bpd_jax.terminal import description_column, plain_console
 
 
@@ -98,9 +98,9 @@ def evaluate(
       for name, own in every.items()
   }
   how = Conditions(tuple(methods), batch_size, max_decode_length, repeats, tuning, has_report)
+  partitioning = partitioning or single_device()
   made_with = {
-      "device": describe_device(),
-      "versions": versions(),
+      "device": describe_device(), "mesh": dict(partitioning.mesh.shape), "versions": versions(),
   }
   identity = {
       **made_with, "bpd_jax": source_fingerprint(), "checkpoint": contents_fingerprint(checkpoint),

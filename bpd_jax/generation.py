@@ -5,7 +5,7 @@ one of a few input lengths, and decodes each batch in one compiled loop. Every
 method gives greedy's tokens unless an approximate acceptance rule is asked for.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import dataclasses
 import time
@@ -80,9 +80,9 @@ class Call:
     emitted: tokens that the call made certain.
     parents: of each drafted token, its index in `draft`, -1 for a child of the
       root; None where each follows the one before it.
-    accepted: indices in `draft` of the nodes that the emitted tokens go through, which all
-      but the last of these or all of them were drafted as.
-    sources: of each drafted token, which drafter it is from; None where there is one.
+    accepted: indices in `draft` of the nodes that were emitted, in their order: all emitted
+      tokens but the last, or all of them.
+    sources: of each drafted token, which drafter it is from; None where all are drafter 0's.
     is_exact: whether the search proved that these are the best paths.
   """
 
@@ -143,7 +143,8 @@ class Generator:
 
   def __init__(
       self, config: ModelConfig, params: Any, partitioning: Partitioning | None = None,
-      vocabulary: Vocabulary | None = None, fingerprint: str | None = None,
+      vocabulary: Vocabulary | None = None,
+      fingerprint: str | Callable[[], str] | None = None,
   ):
     self.config = config
     self.params = params
@@ -164,6 +165,8 @@ class Generator:
     """Of the base's values as they are stored, whatever they are computed in."""
     if self._fingerprint is None:
       self._fingerprint = base_fingerprint(self.params)
+    if callable(self._fingerprint):
+      self._fingerprint = self._fingerprint()
     return self._fingerprint
 
   @property
@@ -459,8 +462,8 @@ def load(
   vocabulary = load_vocabulary(folder, config.vocab_size)
   fingerprint = load_fingerprint(folder)
   if fingerprint is None and dtype is not None:
-    # In fewer bits the values are others.
-    fingerprint = base_fingerprint(load_model(folder, partitioning)[1])
+    # In fewer bits the values are others; who asks waits until they are read as they are.
+    fingerprint = lambda: base_fingerprint(load_model(folder, partitioning)[1])
   return Generator(config, params, partitioning, vocabulary, fingerprint)
 
 

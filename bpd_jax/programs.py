@@ -28,6 +28,7 @@ from bpd_jax.decoding.types import (
 from bpd_jax.decoding.verify import model_verify
 from bpd_jax.errors import InputError
 from bpd_jax.model.model import decode_view, EncoderDecoder
+from bpd_jax.model.probes import ProbeSpec
 from bpd_jax.reader import make_cache, prefill
 
 
@@ -96,6 +97,15 @@ def make_loop(
   )
 
 
+def drafter_probes(drafter: Drafter, params: Params) -> ProbeSpec | None:
+  """What a drafter hangs on the nodes; InputError where it isn't what it says it has."""
+  probes = drafter.probes(params)
+  found = 0 if probes is None else probes.per_node
+  if found != drafter.num_probes:
+    raise InputError("drafter.num_probes", drafter.num_probes, f"{found}, as its probes have")
+  return probes
+
+
 def decode_cache(
     model: EncoderDecoder, settings: DecodeSettings, batch: int, max_length: int
 ) -> Cache:
@@ -133,7 +143,7 @@ def decode_batch(
     cache: of `decode_cache`.
   """
   config, view = model.config, params.base
-  probes = settings.drafter.probes(Params(view, params.own))
+  probes = drafter_probes(settings.drafter, Params(view, params.own))
 
   def block_call(tokens, depth, visible, past, lengths):
     return model.apply(

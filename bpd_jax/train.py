@@ -261,7 +261,7 @@ def train(
 
 
 def run_vocabulary(
-    path: str | None, checkpoint: str | None, vocab_size: int
+    path: str | None, checkpoint: str | None, vocab_size: int, field: str = "train.vocabulary"
 ) -> tuple[Vocabulary, str | Path]:
   """The run's vocabulary and its file.
 
@@ -270,7 +270,7 @@ def run_vocabulary(
   """
   own = None if checkpoint is None else vocabulary_path(checkpoint)
   if path is None and own is None:
-    raise InputError("train.vocabulary", None, "a vocabulary file")
+    raise InputError(field, checkpoint, "a vocabulary file, or a checkpoint that has one")
   path = own if path is None else shipped_vocabulary(path)
   words = open_vocabulary(path, vocab_size, has_sentinels=True)
   if own is not None:
@@ -311,12 +311,19 @@ def check_output_rates(
     raise InputError("Loss.unlikelihood", loss.unlikelihood, "above 0 with output_rates")
 
 
-def check_schedule(schedule: Schedule, validation: Validation | None, block_size: int) -> None:
-  """Raises InputError where evaluations are asked for that there won't be."""
+def check_schedule(
+    schedule: Schedule, validation: Validation | None, block_size: int | None = None
+) -> None:
+  """Raises InputError where evaluations are asked for that there won't be.
+
+  Without a block size any metric may come.
+  """
   if validation is None:
     for name in ("evaluate_every", "best_metric"):
       if getattr(schedule, name):
         raise InputError(f"Schedule.{name}", getattr(schedule, name), "none without validation")
+    return
+  if block_size is None:
     return
   names = metric_names(validation, block_size)
   if schedule.best_metric is not None and schedule.best_metric not in names:

@@ -28,7 +28,14 @@ from bpd_jax.generation import load
 from bpd_jax.launch import print_error, read_gin, run
 from bpd_jax.partitioning import Partitioning, single_device
 from bpd_jax.terminal import plain_console
-from bpd_jax.train import check_tasks, drawn_examples, run_vocabulary, write_records
+from bpd_jax.train import (
+    check_schedule,
+    check_tasks,
+    drawn_examples,
+    model_identity,
+    run_vocabulary,
+    write_records,
+)
 from bpd_jax.training.addon_step import AddonStep
 from bpd_jax.training.loop import claim_run, open_run, Schedule, train_steps, TrainingError
 from bpd_jax.training.metrics import Display
@@ -104,7 +111,7 @@ def train_addon(
     )
   sizes = {"batch_size": batch_size, "input_length": input_length,
            "target_length": target_length, "max_states": max_states}
-  for name, size in sizes.items():
+  for name, size in (sizes | {"num_microbatches": num_microbatches}).items():
     check_count(f"train_addon.{name}", size)
   check_count("train_addon.seed", seed, 0)
   check_batch(partitioning, batch_size, num_microbatches)
@@ -114,17 +121,19 @@ def train_addon(
   if validation is not None:
     read_tasks += check_tasks("Validation.tasks", validation.tasks)
   base = load(checkpoint, partitioning=partitioning)
-  config, (words, _) = base.config, run_vocabulary(None, checkpoint, base.config.vocab_size)
+  config, (words, _) = base.config, run_vocabulary(
+      None, checkpoint, base.config.vocab_size, "train_addon.checkpoint"
+  )
   own = abstract_own(addon, config, partitioning)
   step = AddonStep(
       config, partitioning, optimizer, objective, addon, own, base.params,
       num_microbatches=num_microbatches, average_decay=average_decay,
   )
-  if schedule.best_metric is not None and validation is None:
-    raise InputError("Schedule.best_metric", schedule.best_metric, "none without validation")
+  check_schedule(schedule, validation)
   fingerprints = {task: task_fingerprint(task) for task in read_tasks}
   identity = {
       "addon": describe(addon), "objective": describe(objective), "base": base.fingerprint,
+      "model": model_identity(config), "vocabulary": words.fingerprint,
       "tasks": [fingerprints[task] for task in tasks], "rates": rates, **sizes,
       "is_packed": is_packed, "num_microbatches": num_microbatches,
       "optimizer": optimizer.to_dict(), "average_decay": average_decay, "seed": seed,
@@ -178,7 +187,9 @@ def train_addon(
       evaluate = Evaluation(
           step, open_all(validation.tasks), validation, batch_size, words, lengths,
           lambda params: (base, make_addon(addon, params, base).drafting or "greedy"),
-          lambda batch: batch | {"hidden": reader.hidden(base.params, batch)},
+          lambda batch: batch | (
+              {"hidden": reader.hidden(base.params, batch)} if objective.reads_states else {}
+          ),
       )
     outcome = train_steps(
         workdir, step, batches, schedule,

@@ -22,7 +22,7 @@ import pytest
 from train_runs import cut, write_jsonl
 
 from bpd_jax.addons.addon import Addon, Made
-from bpd_jax.addons.folder import load_addon, make_addon
+from bpd_jax.addons.folder import load_addon, make_addon, save_addon
 from bpd_jax.data.jsonl import JsonlTask
 from bpd_jax.data.rows import RowsTask
 from bpd_jax.decoding.lattice import top_k_lattice
@@ -244,6 +244,9 @@ def test_on_eight_devices_it_is_the_same(one, folder):
     ({"kind": "nowhere:Turn"}, r"kind = 'nowhere:Turn': allowed is module:Class of an add-on"),
     ({"kind": "json:dumps"}, r"kind = 'json:dumps': allowed is module:Class of an add-on"),
     ({"kind": 3}, "kind = 3: allowed is module:Class"),
+    ({"kind": "bpd_jax.addons.addon:Addon"}, "addon:Addon': allowed is module:Class of an add-on"),
+    ({"needs": None}, "base = None: allowed is"),
+    ({"kind": "test_addon:Wanting", "config": {}}, r"config = {}: allowed is all of the .*'size'"),
     ({"config": {"block": 4}}, r"config.block = 4: allowed is one of the fields \['block_size'\]"),
     ({"needs": {"base": "0123"}}, r"base = '0123': allowed is \w{16}, the model's fingerprint"),
     ({"vocabulary": "x"}, "vocabulary = 'x': allowed is .*, the model's"),
@@ -281,3 +284,34 @@ def test_what_it_cant_draft_is_named_before_anything_compiles(one, folder):
           str(folder / "never"), str(SHIPPED), parts["addon"], parts["objective"], [],
           Schedule(1),
       )
+  with pytest.raises(InputError, match="train_addon.num_microbatches = 0: allowed is a positive"):
+    train_addon(
+        str(folder / "never"), str(SHIPPED), Turn(), Ahead(), [], Schedule(1), num_microbatches=0
+    )
+
+
+def test_an_add_on_that_no_other_process_can_import_isnt_stored(tmp_path):
+
+  @dataclasses.dataclass(frozen=True)
+  class Local(Turn):
+    pass
+
+  with pytest.raises(InputError, match="addon = 'test_addon:.*<locals>.Local': allowed is of a"):
+    save_addon(tmp_path / "addon", Local(), {}, load(SHIPPED))
+  assert not list(tmp_path.iterdir())
+
+
+def test_an_add_on_under_a_folders_name_is_the_one_that_lies_there(one, folder, tmp_path):
+  base = load(SHIPPED)
+  addon, own = load_addon(folder / "one/run/addon", base)
+  turns = []
+  for scale in (1, 2):
+    other = jax.tree.map(lambda leaf, scale=scale: scale * leaf, own)
+    save_addon(tmp_path / "addon", addon, other, base, may_replace=True)
+    turns.append(Draft(addon=str(tmp_path / "addon")).make(base).params["turn"])
+  np.testing.assert_array_equal(2 * turns[0], turns[1])
+
+
+@dataclasses.dataclass(frozen=True)
+class Wanting(Turn):
+  size: int = dataclasses.field(kw_only=True)

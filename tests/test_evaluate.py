@@ -26,7 +26,13 @@ from bpd_jax.errors import InputError
 from bpd_jax.evaluate import evaluate, main
 from bpd_jax.evaluation.drafting import describe_draft, Draft, Reference
 from bpd_jax.evaluation.quality import edit_similarity, exact_match, rouge_l
-from bpd_jax.evaluation.run import describe_generation, measure_methods, Method, method_identity
+from bpd_jax.evaluation.run import (
+    describe_generation,
+    describe_method,
+    measure_methods,
+    Method,
+    method_identity,
+)
 from bpd_jax.evaluation.scoring import NeuralSource, NgramSource
 from bpd_jax.evaluation.table import means_over_learned, print_results
 from bpd_jax.evaluation.tuning import Tuning
@@ -181,8 +187,8 @@ def test_methods_that_the_model_lacks(model_folder, rows_file, tmp_path, methods
 
 
 KEYS = {
-    "device", "dtype", "git_revision", "versions", "rows_fingerprint", "checkpoint", "batch_size",
-    "max_decode_length", "repeats", "tasks", "means_over_learned_tasks",
+    "device", "dtype", "mesh", "git_revision", "versions", "rows_fingerprint", "checkpoint",
+    "batch_size", "max_decode_length", "repeats", "tasks", "means_over_learned_tasks",
 }
 TASK_KEYS = {
     "split", "examples", "cut_rows", "left_out_rows", "tuning_examples", "rows_fingerprint",
@@ -312,6 +318,9 @@ class Plain(EmptyDrafter):
 def test_a_drafter_is_the_same_in_another_process():
   one, other = (method_identity(Method("mine", Plain())) for _ in range(2))
   assert one == other and one["draft"]["drafter"] == "Plain"
+  # How a drafter's own lattice is searched is told as of any.
+  searched = Method("mine", Plain(), "p_best", num_paths=8)
+  assert describe_method(searched, ())["search"] == "p_best"
   assert describe_draft(ReferenceDrafter(3)) == {"drafter": "ReferenceDrafter", "depth": 3}
 
 

@@ -18,6 +18,7 @@ from bpd_jax.decoding.cache import empty_cache
 from bpd_jax.decoding.lattice import top_k_lattice
 from bpd_jax.decoding.search import SearchSettings
 from bpd_jax.decoding.types import Drafter, Drafting, Params
+from bpd_jax.errors import InputError
 from bpd_jax.evaluation.analysis import lattice_statistics
 from bpd_jax.evaluation.drafting import Draft
 from bpd_jax.evaluation.replay import record, replay
@@ -191,6 +192,16 @@ class Foresight(Objective):
       count.append(there.sum().astype(value.dtype))
     sums = {"nll": jnp.stack(nll), "correct": jnp.stack(correct), "count": jnp.stack(count)}
     return sums["nll"].sum() / counts, sums
+
+
+def test_a_drafter_that_says_another_number_of_probes_is_named(model, learned, prompts):
+
+  @dataclasses.dataclass(frozen=True)
+  class Forgetful(ProbeDrafter):
+    num_probes = 0
+
+  with pytest.raises(InputError, match="drafter.num_probes = 0: allowed is 3, as its probes have"):
+    model.generate(prompts, Drafting(Forgetful(ModelReader(model.model)), learned), **OPTIONS)
 
 
 @pytest.mark.slow  # Compiles the block call over whole targets, for a minute.

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import importlib
 from pathlib import Path
+import sys
 from typing import Any
 
 import jax
@@ -50,16 +51,20 @@ def save_addon(
     InputError: where the folder exists, can't be written or isn't readable afterwards.
   """
   array_path(folder, "addon")
+  kind = f"{type(addon).__module__}:{type(addon).__qualname__}"
+  if kind.startswith("__main__:") or "<" in kind:
+    raise InputError("addon", kind, "of a class of a module that other processes can import")
   if not may_replace:
     check_new(folder)
+  # Where it isn't known, all processes find it out together.
+  fingerprint = base.fingerprint
   with new_folder(folder, may_replace=may_replace) as partial:
     save_arrays(partial / PARAMS_FOLDER, own)
     if jax.process_index() == 0:
-      kind = type(addon)
       write_object(partial / ADDON_FILE, {
-          "kind": f"{kind.__module__}:{kind.__qualname__}",
+          "kind": kind,
           "config": dataclasses.asdict(addon),
-          "needs": {"base": base.fingerprint},
+          "needs": {"base": fingerprint},
           "vocabulary": base.vocabulary_fingerprint, "d_model": base.config.d_model,
           "vocab_size": base.config.vocab_size, "recipe": recipe or {},
       })
@@ -90,7 +95,7 @@ def load_addon(folder: PathLike, base: Generator) -> tuple[Addon, Any]:
   ):
     if found.get(field) != mine:
       raise InputError(f"{path} {field}", found.get(field), f"{mine}, the model's")
-  needed = found.get("needs", {}).get("base")
+  needed = (found.get("needs") or {}).get("base")
   if needed != base.fingerprint:
     raise InputError(f"{path} base", needed, f"{base.fingerprint}, the model's fingerprint")
   target = abstract_own(addon, base.config, base.partitioning)
@@ -135,7 +140,7 @@ def _read_addon(path: Path, found: dict[str, Any]) -> Addon:
     kind_class = importlib.import_module(module)
     for part in name.split("."):
       kind_class = getattr(kind_class, part)
-    is_addon = issubclass(kind_class, Addon)
+    is_addon = issubclass(kind_class, Addon) and dataclasses.is_dataclass(kind_class)
   except (AttributeError, ImportError, TypeError, ValueError) as error:
     raise InputError(f"{path} kind", kind, f"module:Class of an add-on ({error})") from error
   if not is_addon:
@@ -146,4 +151,21 @@ def _read_addon(path: Path, found: dict[str, Any]) -> Addon:
     if name not in fields:
       raise InputError(f"{path} config.{name}", config[name], f"one of the fields {fields}")
   as_tuple = lambda x: tuple(map(as_tuple, x)) if isinstance(x, list) else x
-  return kind_class(**{name: as_tuple(value) for name, value in config.items()})
+  try:
+    return kind_class(**{name: as_tuple(value) for name, value in config.items()})
+  except TypeError as error:
+    raise InputError(f"{path} config", config, f"all of the fields {fields}") from error
+
+
+def addon_source(folder: PathLike) -> str:
+  """The file of the module that an add-on's class is from.
+
+  Raises:
+    InputError: where the folder isn't an add-on's, or its module has no file.
+  """
+  path = local_path(folder, "addon") / ADDON_FILE
+  addon = _read_addon(path, read_object(path))
+  source = getattr(sys.modules[type(addon).__module__], "__file__", None)
+  if source is None:
+    raise InputError(f"{path} kind", type(addon).__module__, "a module of a file")
+  return source

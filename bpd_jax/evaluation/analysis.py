@@ -21,7 +21,7 @@ from bpd_jax.decoding.rescoring import candidate_entropy, Scoring
 from bpd_jax.decoding.types import Drafter, Drafting
 from bpd_jax.evaluation.bootstrap import bootstrap_interval
 from bpd_jax.evaluation.replay import recorded_loop, recorded_rows, Recording, replay
-from bpd_jax.generation import Call, Generation, Generator
+from bpd_jax.generation import Call, check_finite, Generation, Generator
 
 RECALLS = (1, 2, 4, 8, 16)
 # Rows of which all heads' logits are held together.
@@ -102,6 +102,9 @@ def lattice_statistics(
     method: as of `replay`. A drafter that can offer more candidates than it does is
       looked at with as many as `RECALLS` asks for.
 
+  Raises:
+    NotFinite: where the drafter comes to NaN, after a prefix that decoding passed over too.
+
   Returns:
     Lists by step, the token after the root first: `positions`, where greedy has a token;
     `drafted`, the share of them where the step held a draft; `entropy`, the mean of these
@@ -111,7 +114,8 @@ def lattice_statistics(
   """
   drafting = generator.drafting(method)
   drafter, most = drafting.drafter, RECALLS[-1]
-  if "num_candidates" in {field.name for field in dataclasses.fields(drafter)}:
+  fields = dataclasses.fields(drafter) if dataclasses.is_dataclass(drafter) else ()
+  if "num_candidates" in {field.name for field in fields}:
     most = min(most, generator.config.vocab_size)
     drafting = dataclasses.replace(
         drafting, drafter=dataclasses.replace(drafter, num_candidates=most)
@@ -123,9 +127,10 @@ def lattice_statistics(
   for first in range(0, len(recording), ROWS):
     part = np.minimum(np.arange(first, first + ROWS), len(recording) - 1)
     num_live = min(ROWS, len(recording) - first)
-    rank, entropy = jax.device_get(_step_ranks(
+    rank, entropy, state = jax.device_get(_step_ranks(
         generator.model, settings, params, recorded_rows(recording, part, num_live)
     ))
+    check_finite(generator.config, state, part[:num_live])
     ranks.append(rank)
     entropies.append(entropy)
   # As heads would have them: head 1 is never drafted, and always right.
@@ -156,7 +161,8 @@ def lattice_statistics(
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _step_ranks(model, settings, params, rows):
-  """Ranks [rows, length, depth] of greedy's tokens and summed entropies [depth].
+  """Ranks [rows, length, depth] of greedy's tokens, summed entropies [depth], and of the last
+  state what `check_finite` reads.
 
   The rank at t is of the draft after t + 1 tokens; -1 where nothing was drafted, -2 where
   greedy has no token.
@@ -168,7 +174,7 @@ def _step_ranks(model, settings, params, rows):
     return state, called.lattice
 
   length, depth = rows.tokens.shape[1], settings.drafter.depth
-  _, lattices = jax.lax.scan(draft, state, None, length=length)
+  state, lattices = jax.lax.scan(draft, state, None, length=length)
   # The first call drafts before any token is certain, which nobody does well.
   lattices = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, 1)[:, 1:], lattices)
   at = 1 + jnp.arange(length - 1)[:, None] + jnp.arange(depth)  # [length - 1, depth]
@@ -182,6 +188,7 @@ def _step_ranks(model, settings, params, rows):
   return (
       jnp.pad(rank, ((0, 0), (0, 1), (0, 0)), constant_values=-2),
       jnp.where(is_drafted, entropy, 0).sum((0, 1)),
+      {"failure": state.failure, "num_calls": state.num_calls},
   )
 
 

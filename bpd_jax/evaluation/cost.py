@@ -77,9 +77,9 @@ def call_cost(
 
 
 def token_cost(
-    config: ModelConfig, nodes: int, num_heads: int, block_efficiency: float, *,
+    config: ModelConfig, nodes: int, depth: int, block_efficiency: float, *,
     output_length: int, input_length: int, scorers: Sequence[ModelConfig] = (),
-    num_prefixes: int = 1,
+    num_prefixes: int = 1, has_heads: bool = True,
 ) -> Cost:
   """Cost of one emitted token at batch 1.
 
@@ -91,15 +91,17 @@ def token_cost(
   Args:
     config: of the model.
     nodes: of a call.
-    num_heads: heads that draft, steps of the lattice; 0 for greedy decoding.
+    depth: steps of the lattice; 0 for greedy decoding.
     block_efficiency: tokens a call.
     output_length: tokens in the cache.
     input_length: of the encoder.
     scorers: of the small models.
     num_prefixes: that the search keeps.
+    has_heads: whether heads of the model draft, one a step; what else drafts isn't counted.
   """
-  cost = call_cost(config, nodes, 1, output_length, input_length, num_heads=num_heads)
+  heads = depth if has_heads else 0
+  cost = call_cost(config, nodes, 1, output_length, input_length, num_heads=heads)
   for small in scorers:
-    for width in (num_heads + 1, *[num_prefixes] * (num_heads - 1)):
+    for width in (depth + 1, *[num_prefixes] * (depth - 1)):
       cost += call_cost(small, width, 1, output_length, input_length, num_heads=0)
   return cost / block_efficiency

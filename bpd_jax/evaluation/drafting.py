@@ -8,7 +8,7 @@ import dataclasses
 import sys
 from typing import Any, Protocol
 
-from bpd_jax.addons.folder import load_made
+from bpd_jax.addons.folder import addon_source, load_made
 from bpd_jax.decoding.drafters.reference import ReferenceDrafter
 from bpd_jax.decoding.types import Drafter, Drafting
 from bpd_jax.errors import check_count, InputError
@@ -40,10 +40,10 @@ class Draft:
   def make(self, generator: Generator) -> Drafting:
     if self.addon is None:
       return generator.heads(self.block_size, self.top_k)
-    drafting = load_made(self.addon, generator, self.block_size, self.top_k).drafting
-    if drafting is None:
-      raise InputError("Draft.addon", self.addon, "an add-on that drafts")
-    return drafting
+    made = load_made(self.addon, generator, self.block_size, self.top_k)
+    if made.drafting is None or made.scorings or made.policing is not None:
+      raise InputError("Draft.addon", self.addon, "an add-on that drafts, and does nothing else")
+    return made.drafting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +87,7 @@ def draft_identity(draft: str | Drafter | DraftSource) -> dict[str, Any]:
       "module": None if file is None else contents_fingerprint(file)
   }
   if getattr(draft, "addon", None) is not None:
-    # Where it lies doesn't count.
+    # Where it lies doesn't count, and what its class does is in no folder.
     identity["addon"] = contents_fingerprint(draft.addon, "Draft.addon")
+    identity["addon_module"] = contents_fingerprint(addon_source(draft.addon))
   return identity

@@ -42,7 +42,7 @@ from bpd_jax.generation import (
   read_row,
 )
 from bpd_jax.model.model import EncoderDecoder
-from bpd_jax.programs import DecodeParams, DecodeSettings, make_loop, row_keys
+from bpd_jax.programs import DecodeParams, DecodeSettings, drafter_probes, make_loop, row_keys
 from bpd_jax.reader import make_cache, prefill
 from bpd_jax.terminal import track
 
@@ -250,7 +250,7 @@ def recorded_loop(
   prompt = rows.prompt.replace(keys=row_keys(0, rows.numbers))
   context = prefill(model, params.base, prompt.tokens, prompt.lengths)
   start = jnp.full([batch], config.start_id, jnp.int32)
-  probes = settings.drafter.probes(Params(params.base, params.own))
+  probes = drafter_probes(settings.drafter, Params(params.base, params.own))
   states = None
   if probes is not None:
     # Of a node on greedy's path they follow from what is before it: one call has them all.

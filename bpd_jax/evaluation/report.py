@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from bpd_jax.decoding.drafters.heads import HeadsDrafter
 from bpd_jax.decoding.rescoring import Scoring
 from bpd_jax.decoding.scorers.neural import NeuralScorer
 from bpd_jax.evaluation.analysis import (
@@ -27,7 +28,7 @@ from bpd_jax.evaluation.analysis import (
   rising_heads,
 )
 from bpd_jax.evaluation.cost import token_cost
-from bpd_jax.evaluation.drafting import describe_draft, Draft
+from bpd_jax.evaluation.drafting import describe_draft
 from bpd_jax.evaluation.quality import is_looping
 from bpd_jax.evaluation.replay import Recording, replay
 from bpd_jax.evaluation.run import Method
@@ -77,9 +78,11 @@ def analyse_task(
     heads = head_statistics(generator, recording)
     heads["rising_heads"] = rising_heads(heads["entropy"])
   # Methods that re-score the same heads are compared with these as they are.
-  has_heads = lambda x: isinstance(x.draft, Draft)
+  drafter = lambda x: settings[x.name].drafter
+  has_heads = lambda x: isinstance(drafter(x), HeadsDrafter)
   plain = next(
-      (x for x in methods if has_heads(x) and x.draft.top_k == 1 and not x.scorers), None
+      (x for x in methods
+       if has_heads(x) and drafter(x).num_candidates == 1 and not x.scorers), None
   )
   oracles = [x for x in methods if has_heads(x) and is_oracle(x.scorers)]
   drafts_before = None
@@ -97,8 +100,7 @@ def analyse_task(
         "repetition": describe_repetition(decoded),
         "by_position": efficiency_by_position(decoded),
         "cost": _cost(
-            generator, recording, settings[method.name],
-            settings[method.name].drafter.depth if has_heads(method) else 0,
+            generator, recording, settings[method.name], has_heads(method),
             scoring[method.name], decoded,
         ),
     }
@@ -107,7 +109,7 @@ def analyse_task(
       entry["against_plain"] = compare_drafts(recording, drafts_before, after)
     found[method.name], calls[method.name] = entry, np.array(decoded.calls)
   if plain is not None and oracles:
-    best = max(oracles, key=lambda x: x.draft.top_k)
+    best = max(oracles, key=lambda x: drafter(x).num_candidates)
     is_free = np.array([
         not is_looping(tokens[:length].tolist())
         for tokens, length in zip(recording.tokens, recording.lengths)
@@ -156,7 +158,7 @@ def _lattices(
 
 
 def _cost(
-    generator: Generator, recording: Recording, settings: DecodeSettings, num_heads: int,
+    generator: Generator, recording: Recording, settings: DecodeSettings, has_heads: bool,
     scoring: Sequence[Scoring], decoded: Generation,
 ) -> dict[str, float]:
   """`Cost` of a token at batch 1, with an input and a prefix of mean length.
@@ -164,7 +166,8 @@ def _cost(
   What a drafter that isn't the model's heads reads isn't counted.
   """
   cost = token_cost(
-      generator.config, settings.num_nodes, num_heads, decoded.block_efficiency,
+      generator.config, settings.num_nodes, settings.drafter.depth, decoded.block_efficiency,
+      has_heads=has_heads,
       output_length=int(recording.lengths.mean() // 2),
       input_length=int(recording.prompt_lengths.mean()),
       scorers=[

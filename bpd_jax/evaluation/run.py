@@ -207,8 +207,8 @@ def measure_methods(
 
 def describe_method(method: Method, scoring: Sequence[Scoring]) -> dict[str, Any]:
   """How the lattice is scored and searched; nothing where it is one draft as it is."""
-  top_k = getattr(method.draft, "top_k", 1)
-  if top_k == 1 and not method.scorers:
+  top_k = getattr(method.draft, "top_k", getattr(method.draft, "num_candidates", 1))
+  if (top_k, method.search, method.scorers) == (1, "chain", ()):
     return {}
   return {
       "top_k": top_k,

@@ -17,6 +17,7 @@ from typing import Any
 from bpd_jax.data.jsonl import JsonlTask
 from bpd_jax.decoding.rescoring import Scoring
 from bpd_jax.errors import InputError
+from bpd_jax.evaluation.drafting import describe_draft
 from bpd_jax.evaluation.replay import count_calls, Recording
 from bpd_jax.evaluation.run import describe_method, Method
 from bpd_jax.evaluation.scoring import NoRepeatSource, OracleSource
@@ -138,6 +139,8 @@ class Tuned:
     entry = methods[method.name]
     # As JSON has it: without tuples.
     own = json.loads(json.dumps(describe_method(method, scoring)))
+    if "draft" in entry:  # Results of before say nothing of it.
+      own["draft"] = json.loads(json.dumps(describe_draft(method.draft)))
     chosen = entry["scorers"]
     free = {"weight": None, "entropy_power": None}
     now, then = (

@@ -73,13 +73,16 @@ def watch(
   """
   settings = generator.settings(method, scoring=scoring, policing=policing, **options)
   params = generator.decode_params(method, scoring, policing)
-  state, calls = _calls(generator.model, settings, params, recorded_rows(recording, [row], 1))
-  found = fetch_state(state)
+  call_number = functools.partial(
+      _call_number, generator.model, settings, params, recorded_rows(recording, [row], 1)
+  )
+  found = fetch_state(call_number(recording.tokens.shape[1])[0])
   check_finite(generator.config, found, [row])
   _, _, trace = read_row(found, 0)
   watched, root = [], generator.config.start_id
   for number, call in enumerate(trace):
-    called = jax.tree.map(lambda leaf, number=number: leaf[number], calls)
+    # What scorers know at each call may be large: one is there at a time.
+    _, called = call_number(number)
     watched.append(WatchedCall(root, _steps(settings, params, called, root, call), call))
     root = call.emitted[-1]
   return watched
@@ -103,13 +106,14 @@ def _steps(settings, params, called, root: int, call: Call) -> list[WatchedStep]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _calls(model, settings, params, rows):
-  """The last state, and every call one after the other, those of a done row too."""
+def _call_number(model, settings, params, rows, number):
+  """The state before a call, the last one at most, and the call."""
   loop, state = recorded_loop(model, settings, params, rows)
-  state, calls = jax.lax.scan(
-      lambda state, _: loop.call(state), state, None, length=rows.prompt.max_length
+  state = jax.lax.while_loop(
+      lambda state: (state.call < number) & ~state.is_done.all(),
+      lambda state: loop.call(state)[0], state,
   )
-  return state.replace(step=None, drafter=(), rescorer=(), policy=()), calls
+  return state, loop.call(state)[1]
 
 
 @functools.partial(jax.jit, static_argnums=0)
