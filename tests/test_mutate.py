@@ -54,5 +54,5 @@ def test_tests_of_every_mutation_are_among_those_that_run_by_default():
 
 
 def absolute(tests):
-  """The same selection from wherever this session runs."""
+  """The same selection from wherever the tests run."""
   return [str(ROOT / word) if word.startswith("tests/") else word for word in tests]
