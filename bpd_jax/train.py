@@ -270,7 +270,7 @@ def run_vocabulary(
   """
   own = None if checkpoint is None else vocabulary_path(checkpoint)
   if path is None and own is None:
-    raise InputError(field, checkpoint, "a vocabulary file, or a checkpoint that has one")
+    raise InputError(field, None, "a vocabulary file")
   path = own if path is None else shipped_vocabulary(path)
   words = open_vocabulary(path, vocab_size, has_sentinels=True)
   if own is not None:

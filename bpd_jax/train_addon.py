@@ -122,7 +122,7 @@ def train_addon(
     read_tasks += check_tasks("Validation.tasks", validation.tasks)
   base = load(checkpoint, partitioning=partitioning)
   config, (words, _) = base.config, run_vocabulary(
-      None, checkpoint, base.config.vocab_size, "train_addon.checkpoint"
+      None, checkpoint, base.config.vocab_size, f"{checkpoint} vocabulary"
   )
   own = abstract_own(addon, config, partitioning)
   step = AddonStep(
