@@ -5,6 +5,7 @@ parameter straight into its sharding, after comparing what is on disk with what
 `model.json` asks for. Both take a path on a local disk, without characters of patterns.
 """
 
+from collections.abc import Callable
 import hashlib
 from pathlib import Path
 from types import ModuleType
@@ -27,7 +28,7 @@ from bpd_jax.folders import (
     write_object,
 )
 from bpd_jax.model.config import ModelConfig
-from bpd_jax.model.model import abstract_params, init_params
+from bpd_jax.model.model import abstract_params
 from bpd_jax.partitioning import Partitioning, single_device
 from bpd_jax.vocabulary import copy_vocabulary
 
@@ -35,11 +36,15 @@ CONFIG_FILE = "model.json"
 PARAMS_FOLDER = "params"
 # Of the base, beside the config's fields; folders of before have none.
 FINGERPRINT = "fingerprint"
+# A folder of before had parallel heads among its parameters, under this name, and their h
+# and width among the config's fields, with these defaults.
+HEADS = "heads"
+OLD_HEADS = {"block_size": 1, "head_d_ff": 1024}
 
 
 def save_model(
     folder: PathLike, config: ModelConfig, params: Any, vocabulary_file: PathLike | None = None,
-    *, may_replace: bool = False,
+    *, may_replace: bool = False, beside: Callable[[Path, str], None] | None = None,
 ) -> None:
   """Writes a model folder.
 
@@ -51,6 +56,8 @@ def save_model(
       tokenizer_config.json, to copy into the folder.
     may_replace: whether something may be at the path, which stays until the new
       folder is whole.
+    beside: writes what else belongs there, given the folder in the making and the base's
+      fingerprint; called by every process.
 
   Raises:
     InputError: where the folder exists, can't be written or isn't readable afterwards,
@@ -61,7 +68,7 @@ def save_model(
     check_new(folder)
   check_shapes(leaf_shapes(params), leaf_shapes_of(config))
   vocabulary_file = check_vocabulary(vocabulary_file)
-  fingerprint = base_fingerprint(params)
+  fingerprint = params_fingerprint(params)
   with new_folder(folder, may_replace=may_replace) as partial:
     save_arrays(partial / PARAMS_FOLDER, params)
     if jax.process_index() == 0:
@@ -73,6 +80,8 @@ def save_model(
         raise InputError(
             "folder", str(folder), f"a path that can be written ({brief(error)})"
         ) from error
+    if beside is not None:
+      beside(partial, fingerprint)
 
 
 def save_arrays(folder: Path, arrays: Any) -> None:
@@ -94,21 +103,27 @@ def save_arrays(folder: Path, arrays: Any) -> None:
     ) from error
 
 
-def read_arrays(folder: Path, target: Any) -> Any:
+def read_arrays(folder: Path, target: Any, others: tuple[str, ...] = ()) -> Any:
   """Reads what `save_arrays` wrote, each array into its place.
 
   Args:
     folder: of the arrays.
     target: dicts of `jax.ShapeDtypeStruct` with shardings.
+    others: what the folder's outermost dict holds besides, which isn't read.
 
   Raises:
     InputError: naming the array that is missing or of another shape; where the folder is
       cut short.
   """
-  with ocp.StandardCheckpointer() as checkpointer:
-    check_shapes(_shapes_on_disk(checkpointer, folder), leaf_shapes(target))
+  with ocp.PyTreeCheckpointer() as checkpointer:
+    found = _shapes_on_disk(checkpointer, folder)
+    found = {name: shape for name, shape in found.items() if name.split("/")[0] not in others}
+    check_shapes(found, leaf_shapes(target))
     try:
-      return checkpointer.restore(folder, target)
+      return checkpointer.restore(folder, ocp.args.PyTreeRestore(
+          item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target),
+          partial_restore=bool(others),
+      ))
     except Exception as error:  # Orbax raises a bare Exception for arrays that are cut.
       raise InputError("params", str(folder), f"a whole Orbax folder ({brief(error)})") from error
 
@@ -125,7 +140,8 @@ def load_config(folder: PathLike) -> ModelConfig:
         "a model folder; python -m bpd_jax.import_checkpoint makes one of transformers'",
     )
   fields = read_object(path)
-  fields.pop(FINGERPRINT, None)
+  for name in (FINGERPRINT, *OLD_HEADS):
+    fields.pop(name, None)
   try:
     return ModelConfig.from_dict(fields)
   except InputError:
@@ -159,45 +175,39 @@ def load_model(
     )
   target = abstract_params(config, partitioning)
   partitioning.check_params(target)
-  return config, read_arrays(array_path(folder, "model folder") / PARAMS_FOLDER, target)
+  others = () if _old_heads(folder) is None else (HEADS,)
+  return config, read_arrays(array_path(folder, "model folder") / PARAMS_FOLDER, target, others)
 
 
-def start_from(
-    folder: PathLike, config: ModelConfig, partitioning: Partitioning, *,
-    has_fresh_heads: bool = False, seed: int = 0,
-) -> tuple[Any, str]:
-  """A model folder's parameters for a config that may differ in its heads.
+def read_old_heads(
+    folder: PathLike, abstract: Callable[[int, int], Any]
+) -> tuple[tuple[int, int], Any] | None:
+  """The parallel heads of a folder of before, when they were the model's own parameters.
 
   Args:
-    folder: from `save_model`.
-    config: the folder's, but for `block_size`, dropout and dtype of activations.
-    partitioning: where the parameters go.
-    has_fresh_heads: whether the folder's parallel heads are dropped.
-    seed: of heads that the folder lacks.
+    folder: a model folder.
+    abstract: of h and the heads' width, dicts of `jax.ShapeDtypeStruct` with shardings.
 
   Returns:
-    Parameters, and a line on which were matched, are new, or are unused.
+    h and width, and the arrays; None where the folder has none of before.
 
   Raises:
-    InputError: see `load_model`.
+    InputError: see `read_arrays`.
   """
-  found, params = load_model(folder, partitioning)
-  old = params.pop("heads", None)
-  num_old, num_heads = found.block_size - 1, config.block_size - 1
-  num_kept = 0 if has_fresh_heads else min(num_old, num_heads)
-  if num_heads:
-    params["heads"] = init_params(config, partitioning, jax.random.key(seed))["heads"]
-  if num_kept:
-    params["heads"] = jax.tree.map(
-        lambda new, old: jax.device_put(
-            new.at[:num_kept].set(old[:num_kept]), new.sharding
-        ),
-        params["heads"], old,
-    )
-  return params, (
-      f"{folder}: base model matched; parallel heads: {num_kept} matched, "
-      f"{num_heads - num_kept} new, {num_old - num_kept} unused"
-  )
+  sizes = _old_heads(folder)
+  if sizes is None:
+    return None
+  path = array_path(folder, "model folder") / PARAMS_FOLDER
+  with ocp.PyTreeCheckpointer() as checkpointer:
+    others = {name.split("/")[0] for name in _shapes_on_disk(checkpointer, path)} - {HEADS}
+  return sizes, read_arrays(path, {HEADS: abstract(*sizes)}, tuple(others))[HEADS]
+
+
+def _old_heads(folder: PathLike) -> tuple[int, int] | None:
+  """h and width of the heads among a folder's parameters; None where there are none."""
+  fields = read_object(local_path(folder, "model folder") / CONFIG_FILE)
+  block_size, width = (fields.get(name, default) for name, default in OLD_HEADS.items())
+  return (block_size, width) if isinstance(block_size, int) and block_size > 1 else None
 
 
 def read_back(folder: Path, part: Any) -> None:
@@ -239,11 +249,6 @@ def read_back(folder: Path, part: Any) -> None:
 def load_fingerprint(folder: PathLike) -> str | None:
   """The base's fingerprint as a model folder has it; None where it was made before."""
   return read_object(local_path(folder, "model folder") / CONFIG_FILE).get(FINGERPRINT)
-
-
-def base_fingerprint(params: Any) -> str:
-  """`params_fingerprint` of a model but for its parallel heads, behind which it is the same."""
-  return params_fingerprint({name: part for name, part in params.items() if name != "heads"})
 
 
 def params_fingerprint(params: Any) -> str:
@@ -298,14 +303,11 @@ def check_vocabulary(path: PathLike | None) -> Path | None:
   return found
 
 
-def describe(config: ModelConfig, params: Any) -> str:
-  """A table of what a model holds: parameters, size, heads."""
+def describe(params: Any, heads: str) -> str:
+  """A table of what a model holds: parameters, size, and what is said of its heads."""
   leaves = jax.tree.leaves(params)
   size = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
   dtypes = ", ".join(sorted({str(leaf.dtype) for leaf in leaves}))
-  heads = f"{config.block_size}"
-  if config.block_size > 1:
-    heads += f", {config.block_size - 1} of them parallel heads of width {config.head_d_ff}"
   return "\n".join([
       f"parameters  {sum(leaf.size for leaf in leaves):,}",
       f"size        {size / 1e6:,.1f} MB of {dtypes}",

@@ -6,6 +6,7 @@ the library itself knows nothing of gin.
 
 import gin
 
+from bpd_jax.addons.heads import Heads
 from bpd_jax.data.datasets import CachedTask
 from bpd_jax.data.grammar import GrammarTask
 from bpd_jax.data.jsonl import JsonlTask
@@ -28,7 +29,7 @@ from bpd_jax.training.loss import Loss
 from bpd_jax.training.optimizer import Optimizer
 
 for configurable in (
-    CachedTask, CacheSource, Draft, GrammarTask, JsonlTask, Loss, Method, ModelConfig,
+    CachedTask, CacheSource, Draft, GrammarTask, Heads, JsonlTask, Loss, Method, ModelConfig,
     NeuralSource, NgramSource, NoRepeatSource, Optimizer, OracleSource, Reference, RowsTask,
     Schedule, Tuned, Tuning, Validation,
 ):

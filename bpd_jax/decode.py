@@ -18,6 +18,7 @@ from rich.text import Text
 
 from bpd_jax.data.jsonl import decode_text, parse_jsonl, read_text, text_lines
 from bpd_jax.errors import InputError
+from bpd_jax.evaluation.drafting import Draft
 from bpd_jax.folders import local_path
 from bpd_jax.generation import Call, Generation, load, naming_prompts
 from bpd_jax.launch import Parser, run
@@ -198,6 +199,9 @@ def main(argv: Sequence[str]) -> None:
       help="most tokens a call emits, its nodes (default all of the model's heads)",
   )
   parser.add_argument(
+      "--addon", metavar="DIR", help="the folder of what drafts, in place of the model's heads"
+  )
+  parser.add_argument(
       "--max-length", type=int, default=128, metavar="N",
       help="most tokens of an output (default 128)",
   )
@@ -222,10 +226,11 @@ def main(argv: Sequence[str]) -> None:
   names, prompts = [*prompts], [*prompts.values()]
   rows = model.encode_prompts(prompts, names=names)
   method = args.method
-  if args.block_size is not None:
-    if method == "greedy":
-      raise InputError("block-size", args.block_size, "no option of --method greedy")
-    method = model.heads(args.block_size)
+  for name in ("block_size", "addon"):
+    if method == "greedy" and getattr(args, name) is not None:
+      raise InputError(name.replace("_", "-"), getattr(args, name), "no option of --method greedy")
+  if method == "blockwise":
+    method = Draft(args.block_size, addon=args.addon).make(model)
   # The last batch is filled; what divides over the mesh is said by its name.
   batch_size = min(args.batch_size, partitioning.round_batch(len(prompts)))
   with naming_prompts(names):

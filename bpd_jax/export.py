@@ -5,11 +5,11 @@
 
 from collections.abc import Sequence
 
-from bpd_jax.checkpoints import describe, load_model
+from bpd_jax.checkpoints import describe
 from bpd_jax.folders import check_new
+from bpd_jax.generation import load
 from bpd_jax.interchange.huggingface import export_model
 from bpd_jax.launch import Parser, run
-from bpd_jax.partitioning import single_device
 from bpd_jax.vocabulary import vocabulary_path
 
 
@@ -27,9 +27,12 @@ def main(argv: Sequence[str]) -> None:
   )
   args = parser.parse_args(argv)
   check_new(args.target)
-  config, params = load_model(args.source, single_device())
-  export_model(args.target, config, params, vocabulary_path(args.source))
-  print(describe(config, params))
+  model = load(args.source)
+  heads, own = model.own_heads
+  export_model(
+      args.target, model.config, model.params, vocabulary_path(args.source), heads=own
+  )
+  print(describe({"base": model.params, "own": own}, heads.describe(model.config)))
   print(f"written to  {args.target}")
 
 

@@ -14,7 +14,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from bpd_jax.checkpoints import base_fingerprint, load_fingerprint, load_model
+from bpd_jax.addons.addon import VIEW as ADDON_VIEW
+from bpd_jax.addons.folder import load_heads
+from bpd_jax.addons.heads import Heads
+from bpd_jax.checkpoints import load_fingerprint, load_model, params_fingerprint
 from bpd_jax.decoding import accept, loop
 from bpd_jax.decoding.drafters.empty import EmptyDrafter
 from bpd_jax.decoding.rescoring import Rescorer, rescorer_params, Scoring
@@ -35,7 +38,7 @@ from bpd_jax.programs import (
     PREFILL,
     VIEW,
 )
-from bpd_jax.reader import heads_drafter, ModelReader
+from bpd_jax.reader import ModelReader
 from bpd_jax.terminal import track
 from bpd_jax.vocabulary import load_vocabulary, Vocabulary
 
@@ -139,20 +142,23 @@ class Generator:
     params: stored parameters, placed by `partitioning`.
     partitioning: the mesh; batches are split over its batch axes.
     vocabulary: of texts; None where only token ids come in.
+    own_heads: its parallel heads and their parameters; `Heads(1)` and none where it has none.
   """
 
   def __init__(
       self, config: ModelConfig, params: Any, partitioning: Partitioning | None = None,
       vocabulary: Vocabulary | None = None,
       fingerprint: str | Callable[[], str] | None = None,
+      own_heads: tuple[Heads, Any] = (Heads(1), {}),
   ):
     self.config = config
     self.params = params
     self.partitioning = partitioning or single_device()
     self.vocabulary = vocabulary
+    self.own_heads = own_heads
     self._fingerprint = fingerprint
     self.model = EncoderDecoder(config, self.partitioning, is_view=True)
-    self._view = None
+    self._view = self._heads_view = None
     self._compiled_before = num_compilations()
 
   @property
@@ -164,7 +170,7 @@ class Generator:
   def fingerprint(self) -> str:
     """Of the base's values as they are stored, whatever they are computed in."""
     if self._fingerprint is None:
-      self._fingerprint = base_fingerprint(self.params)
+      self._fingerprint = params_fingerprint(self.params)
     if callable(self._fingerprint):
       self._fingerprint = self._fingerprint()
     return self._fingerprint
@@ -175,6 +181,11 @@ class Generator:
     if self._view is None:
       self._view = jax.block_until_ready(VIEW(self.config, self.params))
     return self._view
+
+  @property
+  def block_size(self) -> int:
+    """h of its parallel heads, 1 where it has none."""
+    return self.own_heads[0].block_size
 
   @property
   def num_compilations(self) -> int:
@@ -278,13 +289,13 @@ class Generator:
     Raises:
       InputError: where the model has no such heads.
     """
-    most = self.config.block_size
-    block_size = most if block_size is None else block_size
-    if not 1 <= block_size <= most:
-      raise InputError("block_size", block_size, f"1 … {most}, the model's heads")
-    if not 1 <= top_k <= self.config.vocab_size:
-      raise InputError("top_k", top_k, f"1 … {self.config.vocab_size}, the vocabulary")
-    return Drafting(heads_drafter(self.model, block_size, top_k))
+    addon, own = self.own_heads
+    if self._heads_view is None:
+      self._heads_view = ADDON_VIEW(addon, own)
+    made = addon.make(
+        ModelReader(self.model), self._heads_view, block_size=block_size, top_k=top_k
+    )
+    return made.drafting
 
   def drafting(self, method: str | Drafter | Drafting) -> Drafting:
     """What a name of `METHODS` stands for, or a drafter that learned nothing.
@@ -463,8 +474,10 @@ def load(
   fingerprint = load_fingerprint(folder)
   if fingerprint is None and dtype is not None:
     # In fewer bits the values are others; who asks waits until they are read as they are.
-    fingerprint = lambda: base_fingerprint(load_model(folder, partitioning)[1])
-  return Generator(config, params, partitioning, vocabulary, fingerprint)
+    fingerprint = lambda: params_fingerprint(load_model(folder, partitioning)[1])
+  generator = Generator(config, params, partitioning, vocabulary, fingerprint)
+  generator.own_heads = load_heads(folder, generator)
+  return generator
 
 
 def fetch_state(state: loop.DecodeState) -> dict[str, Any]:

@@ -5,10 +5,16 @@
 
 from collections.abc import Sequence
 
-from bpd_jax.checkpoints import describe, save_model
+import jax
+
+from bpd_jax.addons.folder import save_model_with
+from bpd_jax.addons.heads import Heads
+from bpd_jax.checkpoints import describe
+from bpd_jax.errors import InputError
 from bpd_jax.folders import check_new
 from bpd_jax.interchange.huggingface import import_model
 from bpd_jax.launch import Parser, run
+from bpd_jax.partitioning import single_device
 from bpd_jax.vocabulary import check_added_tokens, open_vocabulary, vocabulary_path
 
 
@@ -26,8 +32,9 @@ def main(argv: Sequence[str]) -> None:
       help="model folder to make; nothing may be there yet",
   )
   parser.add_argument(
-      "--block-size", type=int, default=1, metavar="H",
-      help="tokens predicted at once; H - 1 parallel heads are added (default 1)",
+      "--block-size", type=int, metavar="H",
+      help="tokens predicted at once; H - 1 fresh parallel heads are added (default: the "
+      "folder's heads, or none)",
   )
   parser.add_argument(
       "--head-d-ff", type=int, metavar="N",
@@ -36,14 +43,22 @@ def main(argv: Sequence[str]) -> None:
   parser.add_argument("--seed", type=int, default=0, help="of the fresh heads (default 0)")
   args = parser.parse_args(argv)
   check_new(args.target)
-  config, params = import_model(
-      args.source, block_size=args.block_size, head_d_ff=args.head_d_ff, seed=args.seed
-  )
+  config, params, own = import_model(args.source)
+  heads = Heads(1 if args.block_size is None else args.block_size, args.head_d_ff)
+  if own:
+    found = Heads(own["w1"].shape[0] + 1, own["w1"].shape[2])
+    if args.block_size not in (None, found.block_size):
+      raise InputError("block-size", args.block_size, f"{found.block_size}, the folder's heads")
+    if args.head_d_ff not in (None, found.d_ff):
+      raise InputError("head-d-ff", args.head_d_ff, f"{found.d_ff}, of the folder's heads")
+    heads = found
+  else:
+    own = heads.begin(config, single_device(), jax.random.key(args.seed))
   words = vocabulary_path(args.source)
   if words is not None:
     check_added_tokens(args.source, open_vocabulary(words, config.vocab_size))
-  save_model(args.target, config, params, words)
-  print(describe(config, params))
+  save_model_with(args.target, config, params, words, heads, own)
+  print(describe({"base": params, "own": own}, heads.describe(config)))
   if words is None:
     print("vocabulary  none found: the model takes token ids alone")
   print(f"written to  {args.target}")

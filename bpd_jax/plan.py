@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 from rich.table import Table
 
+from bpd_jax.addons.heads import Heads
 from bpd_jax.decoding.types import Prompt
 from bpd_jax.environment import LIBTPU_WITHOUT_TPU
 from bpd_jax.errors import InputError
@@ -34,8 +35,9 @@ from bpd_jax.model.config import ModelConfig
 from bpd_jax.model.model import abstract_params, decode_view, EncoderDecoder
 from bpd_jax.partitioning import make_partitioning, Partitioning
 from bpd_jax.programs import decode_batch, decode_cache, DecodeParams, DecodeSettings
-from bpd_jax.reader import heads_drafter, prefill
+from bpd_jax.reader import ModelReader, prefill
 from bpd_jax.terminal import plain_console
+from bpd_jax.training.loss import Loss
 from bpd_jax.training.optimizer import Optimizer
 from bpd_jax.training.step import Step
 
@@ -163,25 +165,22 @@ def topology_devices(topology: str) -> tuple[Chip, Sequence[Any]]:
   return CHIPS[name], description.devices
 
 
-def check_model(config: ModelConfig, partitioning: Partitioning) -> None:
+def check_model(config: ModelConfig, heads: Heads, partitioning: Partitioning) -> None:
   """Raises InputError where a size of the model doesn't divide over its mesh axis."""
-  sizes = {
-      "vocab_size": "vocab", "d_model": "embed", "d_ff": "mlp", "num_heads": "heads",
-      "head_d_ff": "mlp",
-  }
-  for field, name in sizes.items():
+  sizes = {"vocab_size": "vocab", "d_model": "embed", "d_ff": "mlp", "num_heads": "heads"}
+  sizes = {f"ModelConfig.{field}": (getattr(config, field), x) for field, x in sizes.items()}
+  if heads.d_ff is not None:
+    sizes["Heads.d_ff"] = heads.d_ff, "mlp"
+  for field, (size, name) in sizes.items():
     axis = partitioning.spec((name,))[0]
     split = partitioning.mesh.shape[axis] if axis else 1
-    if getattr(config, field) % split:
-      raise InputError(
-          f"ModelConfig.{field}", getattr(config, field),
-          f"a multiple of {split}, the mesh axis {axis!r}",
-      )
+    if size % split:
+      raise InputError(field, size, f"a multiple of {split}, the mesh axis {axis!r}")
 
 
 def plan_call(
-    chip: Chip, partitioning: Partitioning | None, config: ModelConfig, nodes: int,
-    batch_size: int, output_length: int, input_length: int,
+    chip: Chip, partitioning: Partitioning | None, config: ModelConfig, heads: Heads,
+    nodes: int, batch_size: int, output_length: int, input_length: int,
 ) -> Call:
   """The call on a device of the mesh that has rows, or on one chip for None.
 
@@ -193,7 +192,11 @@ def plan_call(
     mesh = partitioning.mesh.shape
     # Rows are padded to a multiple, so the fullest device has this many.
     rows, split = math.ceil(batch_size / (mesh["data"] * mesh["fsdp"])), mesh["model"]
-  cost = call_cost(config, nodes, rows, output_length, input_length, split)
+  # As many heads as a chain of the nodes has use for.
+  cost = call_cost(
+      config, nodes, rows, output_length, input_length, split,
+      num_heads=min(nodes, heads.block_size) - 1, head_d_ff=heads.d_ff or config.d_ff,
+  )
   seconds = max(cost.flops / chip.flops, cost.bytes / chip.bandwidth)
   return Call(cost.flops, cost.bytes, seconds)
 
@@ -267,7 +270,7 @@ def decode_config(config: ModelConfig, dtype: str) -> ModelConfig:
 
 
 def decode_program(
-    name: str, block_size: int, config: ModelConfig, partitioning: Partitioning,
+    name: str, heads: Heads, config: ModelConfig, partitioning: Partitioning,
     batch_size: int, input_length: int, output_length: int,
 ) -> Program:
   """Compiles a decode loop as `generation.Generator` would run it.
@@ -283,24 +286,28 @@ def decode_program(
   tokens = place((batch_size, input_length), jnp.int32, "batch", "length")
   rows = place((batch_size,), jnp.int32, "batch")
   _, context = compile_abstract(functools.partial(prefill, model), view, tokens, rows)
-  settings = DecodeSettings(heads_drafter(model, block_size))
+  own = heads.abstract(config, partitioning)
+  if own:
+    _, own = compile_abstract(heads.view, own)
+  drafting = heads.make(ModelReader(model), own).drafting
+  settings = DecodeSettings(drafting.drafter)
   _, cache = compile_abstract(
       functools.partial(decode_cache, model, settings, batch_size, output_length)
   )
   return compile_program(
-      name, functools.partial(decode_batch, model, settings), DecodeParams(view), context,
-      Prompt(tokens, rows, output_length), rows, place((), jnp.int32), rows, cache,
-      donate_argnums=6,
+      name, functools.partial(decode_batch, model, settings),
+      DecodeParams(view, drafting.params), context, Prompt(tokens, rows, output_length), rows,
+      place((), jnp.int32), rows, cache, donate_argnums=6,
   )
 
 
 def training_program(
-    config: ModelConfig, partitioning: Partitioning, batch_size: int, input_length: int,
-    output_length: int,
+    config: ModelConfig, heads: Heads, partitioning: Partitioning, batch_size: int,
+    input_length: int, output_length: int,
 ) -> Program:
   """Compiles the loss of all heads and its gradients, which lie as the parameters do."""
   place = functools.partial(_array, partitioning)
-  step = Step(config, partitioning, Optimizer())
+  step = Step(config, partitioning, Optimizer(), Loss(trains_base=True), heads)
   params = step.abstract_state.params
   rows = lambda length: place((batch_size, length), jnp.int32, "batch", "length")
   batch = {
@@ -325,6 +332,7 @@ def _array(partitioning: Partitioning, shape, dtype, *names) -> jax.ShapeDtypeSt
 
 def plan(
     config: ModelConfig,
+    heads: Heads = Heads(1),
     topology: str = "v5e:4x4",
     data: int = -1,
     fsdp: int = 2,
@@ -339,8 +347,8 @@ def plan(
   """Compiles the programs for a topology, times calls by the peaks, prints tables.
 
   Args:
-    config: of the model. Training stores its `param_dtype`; the blockwise loop
-      is compiled where it has heads.
+    config: of the model. Training stores its `param_dtype`.
+    heads: behind it; the blockwise loop is compiled where there are any.
     topology: a chip of `CHIPS`, a colon and a shape.
     data: devices along the batch only; -1 takes what is left.
     fsdp: devices along the batch and the parameters' `embed` axis.
@@ -376,17 +384,17 @@ def plan(
   chip, devices = topology_devices(topology)
   partitioning = make_partitioning(data, fsdp, model, devices)
   partitioning.check_batch(batch_size)
-  check_model(config, partitioning)
+  check_model(config, heads, partitioning)
 
   console = plain_console()
   shape = ", ".join(f"{axis} {size}" for axis, size in partitioning.mesh.shape.items())
   console.print(
       f"{topology}, mesh {shape}; batch {batch_size}, {input_length} in, {output_length} out, "
-      f"{dtype}, block size {config.block_size}"
+      f"{dtype}, block size {heads.block_size}"
   )
   calls = {
       (where, rows, nodes): plan_call(
-          chip, on, decoded, nodes, rows, output_length, input_length
+          chip, on, decoded, heads, nodes, rows, output_length, input_length
       )
       for where, on in (("mesh", partitioning), ("chip", None))
       for rows in batch_sizes
@@ -395,16 +403,16 @@ def plan(
   for where, title in (("chip", "on one chip"), ("mesh", "on the mesh, without collectives")):
     console.print(_call_table(title, where, calls, node_counts, batch_sizes))
 
-  loop = lambda name, block_size: decode_program(
-      name, block_size, decoded, partitioning, batch_size, input_length, output_length
+  loop = lambda name, heads: decode_program(
+      name, heads, decoded, partitioning, batch_size, input_length, output_length
   )
-  jobs = {"greedy": lambda: loop("greedy", 1)}
-  if config.block_size > 1:
-    jobs["blockwise"] = lambda: loop("blockwise", config.block_size)
+  jobs = {"greedy": lambda: loop("greedy", Heads(1))}
+  if heads.block_size > 1:
+    jobs["blockwise"] = lambda: loop("blockwise", heads)
   else:
-    console.print("no blockwise loop: the model has no parallel heads; set its block size")
+    console.print("no blockwise loop: there are no parallel heads; set the block size")
   jobs["forward-backward"] = lambda: training_program(
-      config, partitioning, batch_size, input_length, output_length
+      config, heads, partitioning, batch_size, input_length, output_length
   )
   programs = {}
   for name, job in jobs.items():
@@ -463,7 +471,7 @@ def _collective_table(programs: dict[str, Program]) -> Table:
   return table
 
 
-gin.external_configurable(plan, module="bpd_jax", denylist=["config"])
+gin.external_configurable(plan, module="bpd_jax", denylist=["config", "heads"])
 
 
 def main(argv: Sequence[str]) -> None:
@@ -471,7 +479,10 @@ def main(argv: Sequence[str]) -> None:
   read_gin(argv, "python -m bpd_jax.plan", __doc__.splitlines()[0], has_cache=False)
   # The host needs no accelerator, and libtpu finds none to start.
   jax.config.update("jax_platforms", "cpu")
-  plan(ModelConfig(**gin.get_bindings("ModelConfig")), **gin.get_bindings("plan"))
+  heads = {"block_size": 1} | gin.get_bindings("Heads")
+  plan(
+      ModelConfig(**gin.get_bindings("ModelConfig")), Heads(**heads), **gin.get_bindings("plan")
+  )
 
 
 if __name__ == "__main__":

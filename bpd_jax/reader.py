@@ -7,9 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from bpd_jax.decoding.cache import cache_length, empty_cache
-from bpd_jax.decoding.drafters.empty import EmptyDrafter
-from bpd_jax.decoding.drafters.heads import HeadsDrafter
-from bpd_jax.decoding.types import Cache, Context, Drafted, Drafter, Params, Prompt
+from bpd_jax.decoding.types import Cache, Context, Drafted, Prompt
 from bpd_jax.model.model import EncoderDecoder
 
 
@@ -55,20 +53,9 @@ class ModelReader:
     """Output projection, [..., d] -> [..., vocab]."""
     return self.model.apply({"params": view}, hidden, method="logits")
 
-  def head_states(self, params: Params, hidden: jax.Array, num_heads: int) -> jax.Array:
-    """States of heads 2, 3, …: [..., d] -> [..., num_heads, d]."""
-    return self.model.apply({"params": params.base}, hidden, num_heads, method="head_states")
-
   def empty_hidden(self, batch: int) -> jax.Array:
     """[batch, d] zeros, as the decoder's states are."""
     return jnp.zeros([batch, self.model.config.d_model], self.model.config.dtype)
-
-
-def heads_drafter(model: EncoderDecoder, block_size: int, top_k: int = 1) -> Drafter:
-  """The drafter of the first heads of a model; nothing drafts where there is head 1 alone."""
-  if block_size == 1:
-    return EmptyDrafter()
-  return HeadsDrafter(block_size - 1, ModelReader(model), top_k)
 
 
 def prefill(model: EncoderDecoder, view: Any, tokens: jax.Array, lengths: jax.Array) -> Context:

@@ -1,11 +1,12 @@
-"""Trains a model with parallel heads, or the heads alone, as gin says.
+"""Trains a base model, an add-on behind one, or both together, as gin says.
 
   python -m bpd_jax.train --gin_file=gin/runs/train_tiny.gin \\
       --gin.WORKDIR="'runs/tiny'" --gin.STEPS=200
 
-The same command goes on where a run was stopped or killed. The run's folder
-gets `model/`, ready for evaluate and decode; `checkpoints/`; `metrics.jsonl` and
-`tensorboard/`; `config.gin`, the operative configuration; `environment.json`.
+The same command goes on where a run was stopped or killed. The run's folder gets
+`model/`, ready for evaluate and decode, or where the base was frozen `addon/`, ready for
+`Draft.addon`; `checkpoints/`; `metrics.jsonl` and `tensorboard/`; `config.gin`, the
+operative configuration; `environment.json`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,7 +20,17 @@ import gin
 import jax
 import numpy as np
 
-from bpd_jax.checkpoints import describe, load_config, save_model, start_from
+from bpd_jax.addons.addon import Addon, make_addon
+from bpd_jax.addons.folder import (
+    addon_name,
+    ADDONS_FOLDER,
+    kind_of,
+    load_addon,
+    save_addon,
+    save_model_with,
+)
+from bpd_jax.addons.heads import Heads
+from bpd_jax.checkpoints import describe, leaf_shapes, load_config
 from bpd_jax.data.batches import Batches, Dataset, shares
 from bpd_jax.data.datasets import (
     CachedTask,
@@ -30,26 +41,36 @@ from bpd_jax.data.datasets import (
     TextTask,
 )
 from bpd_jax.data.rows import shipped_vocabulary
+from bpd_jax.decoding.types import Drafting
 from bpd_jax.distillation import distil
 from bpd_jax.environment import describe_device, git_revision, versions
 from bpd_jax.errors import check_count, InputError
 from bpd_jax.evaluation.validation import Evaluation, metric_names, Validation
 from bpd_jax.folders import array_path, contents_fingerprint, local_path, write_object
-from bpd_jax.generation import Generator
+from bpd_jax.generation import Generator, load
 from bpd_jax.launch import print_error, read_gin, run
 from bpd_jax.model.config import ModelConfig
-from bpd_jax.model.model import init_params
+from bpd_jax.model.model import EncoderDecoder, init_params
 from bpd_jax.partitioning import Partitioning, single_device
 from bpd_jax.terminal import plain_console
-from bpd_jax.training.loop import claim_run, open_run, Schedule, train_steps, TrainingError
+from bpd_jax.training.loop import (
+    BatchSource,
+    claim_run,
+    open_run,
+    Schedule,
+    train_steps,
+    TrainingError,
+)
 from bpd_jax.training.loss import Loss
 from bpd_jax.training.metrics import Display
+from bpd_jax.training.objective import Objective, TEXTS
 from bpd_jax.training.optimizer import Optimizer
 from bpd_jax.training.states import HiddenStates, StateBatches, write_states
-from bpd_jax.training.step import check_batch, MODES, Step
+from bpd_jax.training.step import check_batch, Step
 from bpd_jax.vocabulary import open_vocabulary, Vocabulary, vocabulary_path
 
 MODEL_FOLDER = "model"
+ADDON_FOLDER = "addon"
 
 
 @gin.configurable(module="bpd_jax")
@@ -60,11 +81,11 @@ def train(
     *,
     config: ModelConfig | None = None,
     checkpoint: str | None = None,
-    block_size: int | None = None,
+    addon: Addon = Heads(1),
+    objective: Objective = Loss(trains_base=True),
+    has_fresh_addon: bool = False,
     dropout_rate: float | None = None,
-    has_fresh_heads: bool = False,
     vocabulary: str | None = None,
-    mode: str = "joint",
     rates: Sequence[float] | None = None,
     output_rates: Sequence[float] | None = None,
     batch_size: int = 32,
@@ -73,7 +94,6 @@ def train(
     is_packed: bool = False,
     num_microbatches: int = 1,
     optimizer: Optimizer = Optimizer(),
-    loss: Loss = Loss(),
     average_decay: float | None = None,
     validation: Validation | None = None,
     max_states: int = 20_000,
@@ -88,13 +108,13 @@ def train(
     schedule: how long, and when to report, save and evaluate.
     config: of a model that starts from scratch.
     checkpoint: a model folder to start from, in place of `config`.
-    block_size: h, in place of the checkpoint's; heads that it lacks start fresh.
+    addon: what is trained beside the base or behind it; `Heads(1)` has no parameters.
+    objective: what is minimised, and whether the base learns as well.
+    has_fresh_addon: whether an add-on of this kind in the checkpoint is left out; else
+      it is what the add-on starts from.
     dropout_rate: in place of the checkpoint's.
-    has_fresh_heads: whether the checkpoint's parallel heads are dropped.
     vocabulary: a SentencePiece model, or a tokenizer_config.json of ByT5; that of
       the checkpoint by default.
-    mode: "joint" trains everything; "heads_only" the parallel heads behind the
-      frozen base model; "distill" likewise, on the base's own greedy outputs.
     rates: relative share of each task; by default their numbers of examples.
     output_rates: beside `rates`, the share of the checkpoint's own greedy outputs on
       each task's inputs, from which the model learns not to repeat itself; see
@@ -102,14 +122,13 @@ def train(
     batch_size: rows of a step, over all devices and microbatches.
     input_length: tokens of a row's inputs; longer ones are cut.
     target_length: tokens of a row's targets; longer ones are cut.
-    is_packed: whether a row holds as many examples as fit.
+    is_packed: whether a row holds as many examples as fit; states always are.
     num_microbatches: parts in which a batch is gone through.
     optimizer: how parameters follow gradients.
-    loss: what is minimised.
     average_decay: of a moving average of parameters that is used in their place.
     validation: what evaluations look at; None for no evaluations.
     max_states: examples of each task that the checkpoint reads first: for its decoder
-      states where the base is frozen, else for its own outputs.
+      states where the objective reads those, else for its own outputs.
     seed: of parameters, order and dropout.
     partitioning: where the model lives; one device by default.
 
@@ -120,35 +139,27 @@ def train(
   # --- what there is, and whether it fits together ---
   partitioning = partitioning or single_device()
   array_path(workdir, "workdir")
-  workdir = str(local_path(workdir))
-  if mode not in MODES:
-    raise InputError("train.mode", mode, f"one of {tuple(MODES)}")
+  workdir = local_path(workdir)
+  sizes = {"batch_size": batch_size, "input_length": input_length,
+           "target_length": target_length, "num_microbatches": num_microbatches}
+  for name, size in (sizes | {"max_states": max_states}).items():
+    check_count(f"train.{name}", size)
+  check_count("train.seed", seed, 0)
   if (config is None) == (checkpoint is None):
     raise InputError(
         "train.config", "both" if config else None, "a config, or else a checkpoint to start from"
     )
-  is_frozen = mode != "joint"
-  if is_frozen and checkpoint is None:
-    raise InputError("train.checkpoint", None, f"a model folder in mode {mode!r}")
+  check_what(addon, objective, checkpoint)
   if output_rates is not None:
-    check_output_rates(output_rates, rates, mode, checkpoint, loss)
-  if mode == "distill" and jax.process_count() > 1:
-    raise InputError("train.mode", mode, "another one where several processes train")
-  for name, size in (
-      ("batch_size", batch_size), ("input_length", input_length),
-      ("target_length", target_length), ("num_microbatches", num_microbatches),
-      ("max_states", max_states),
-  ):
-    check_count(f"train.{name}", size)
-  check_count("train.seed", seed, 0)
+    check_output_rates(output_rates, rates, objective, checkpoint)
   if checkpoint is not None:
     config = load_config(checkpoint)
-    changes = {"block_size": block_size, "dropout_rate": dropout_rate}
-    config = config.replace(**{k: v for k, v in changes.items() if v is not None})
+  if dropout_rate is not None:
+    config = config.replace(dropout_rate=dropout_rate)
   words, vocabulary = run_vocabulary(vocabulary, checkpoint, config.vocab_size)
   check_batch(partitioning, batch_size, num_microbatches)
   step = Step(
-      config, partitioning, optimizer, loss, mode=mode, num_microbatches=num_microbatches,
+      config, partitioning, optimizer, objective, addon, num_microbatches=num_microbatches,
       average_decay=average_decay,
   )
   read_tasks = [*check_tasks("train.tasks", tasks)]
@@ -156,43 +167,49 @@ def train(
     shares(rates, tasks)
   if validation is not None:
     read_tasks += check_tasks("Validation.tasks", validation.tasks)
-  check_schedule(schedule, validation, config.block_size)
+  check_schedule(schedule, validation, getattr(addon, "block_size", None))
   fingerprints = {task: task_fingerprint(task) for task in read_tasks}
+  has_first = objective.texts == "outputs" or objective.reads_states or output_rates
   identity = {
       "model": model_identity(config),
       # Where it lies doesn't count, nor when it was copied there.
       "checkpoint": None if checkpoint is None else contents_fingerprint(checkpoint),
-      "has_fresh_heads": has_fresh_heads,
-      "mode": mode, "rates": rates, "batch_size": batch_size, "input_length": input_length,
-      "target_length": target_length, "is_packed": is_packed,
-      "num_microbatches": num_microbatches, "optimizer": optimizer.to_dict(),
-      "output_rates": output_rates, "loss": dataclasses.asdict(loss),
-      "average_decay": average_decay,
-      "max_states": max_states if is_frozen or output_rates else None, "seed": seed,
-      "vocabulary": words.fingerprint,
+      "addon": fields_of(addon), "objective": fields_of(objective),
+      "has_fresh_addon": has_fresh_addon, "rates": rates, **sizes, "is_packed": is_packed,
+      "optimizer": optimizer.to_dict(), "output_rates": output_rates,
+      "average_decay": average_decay, "max_states": max_states if has_first else None,
+      "seed": seed, "vocabulary": words.fingerprint,
       "tasks": [fingerprints[task] for task in tasks],
   }
   console = plain_console()
   say = lambda text: console.print(text, soft_wrap=True)
 
   @functools.cache
-  def initial_params() -> Any:
+  def base() -> Generator:
+    """The model to start from, or to stay behind."""
     if checkpoint is None:
       params = init_params(config, partitioning, jax.random.key(seed))
-      say("parameters start from scratch")
-    else:
-      params, matched = start_from(
-          checkpoint, config, partitioning, has_fresh_heads=has_fresh_heads, seed=seed
-      )
-      say(matched)
-    say(describe(config, params))
-    say(place_table(step))
-    return params
+      return Generator(config, params, partitioning, words)
+    found = load(checkpoint, partitioning=partitioning)
+    return Generator(
+        config, found.params, partitioning, words, lambda: found.fingerprint, found.own_heads
+    )
 
-  def take_params() -> Any:
-    params = initial_params()
+  @functools.cache
+  def first_params() -> dict[str, Any]:
+    """What is trained, as it is to begin with."""
+    own, said = begin_addon(addon, base(), checkpoint, has_fresh_addon, seed)
+    say(f"base: {'from scratch' if checkpoint is None else f'from {checkpoint}'}; {said}")
+    say(describe({"base": base().params, "own": own}, addon_text(addon, config)))
+    say(place_table(step))
+    return {"own": own} | ({"base": base().params} if objective.trains_base else {})
+
+  def take_params() -> dict[str, Any]:
+    params = first_params()
     # The state takes them over; there would be two copies of a large model else.
-    initial_params.cache_clear()
+    first_params.cache_clear()
+    if objective.trains_base:
+      base.cache_clear()
     return params
 
   with open_run(workdir, identity) as has_begun:
@@ -203,65 +220,169 @@ def train(
       for task in read_tasks:
         check_task(task, words, config.vocab_size, config.eos_id)
       if checkpoint is not None:
-        initial_params()
+        first_params()
       claim_run(workdir, identity)
-    write_records(workdir)
+    write_records(str(workdir))
 
     # --- data ---
     open_all = lambda tasks: [
         open_task(
-            task, words, Path(workdir) / "tasks", fingerprints[task],
+            task, words, workdir / "tasks", fingerprints[task],
             vocab_size=config.vocab_size, eos_id=config.eos_id,
         ) for task in tasks
     ]
-    datasets = open_all(tasks)
     lengths = {"input_length": input_length, "target_length": target_length}
-    if is_frozen and jax.process_count() == 1:
-      states = cached_states(
-          Path(workdir) / "states", step, initial_params, datasets, mode, words, max_states,
-          batch_size, lengths, seed,
-      )
-      batches = StateBatches(
-          states, rates=rates, batch_size=batch_size, target_length=target_length, seed=seed,
-          **config.special_ids,
-      )
-    else:
-      outputs = []
-      if output_rates is not None:
-        outputs = own_outputs(
-            Path(workdir) / "outputs", Generator(config, initial_params(), partitioning, words),
-            datasets, output_rates, max_states, batch_size, lengths, seed,
-        )
-        rates = [*rates, *(rate for rate in output_rates if rate)]
-      batches = Batches(
-          [*datasets, *outputs], num_outputs=len(outputs), rates=rates, batch_size=batch_size,
-          is_packed=is_packed, seed=seed, **config.special_ids,
-          process_index=jax.process_index(), process_count=jax.process_count(), **lengths,
-      )
+    batches = make_batches(
+        workdir, open_all(tasks), base, objective, rates=rates,
+        output_rates=output_rates, max_states=max_states, batch_size=batch_size,
+        is_packed=is_packed, seed=seed, lengths=lengths, config=config,
+    )
+    if has_begun and objective.trains_base:
+      base.cache_clear()  # The state of the run takes its place.
     say(f"an epoch is {batches.steps_per_epoch():,.1f} steps of {batch_size} rows")
 
     # --- steps ---
+    frozen = None if objective.trains_base else base()
+
+    def decoder(params: Any) -> tuple[Generator, Drafting | str]:
+      behind = frozen or Generator(config, params["base"], partitioning, words)
+      return behind, make_addon(addon, params["own"], behind).drafting or "greedy"
+
     evaluate = None
     if validation is not None:
       evaluate = Evaluation(
-          step, open_all(validation.tasks), validation, batch_size, words, lengths
+          step, open_all(validation.tasks), validation, batch_size, lengths, decoder,
+          None if frozen is None else frozen.params,
       )
     outcome = train_steps(
-        workdir, step, batches, schedule, take_params, seed=seed, evaluate=evaluate,
+        workdir, step, batches, schedule, take_params,
+        base=None if frozen is None else frozen.params, seed=seed, evaluate=evaluate,
         display=Display(schedule.num_steps, console),
     )
 
-    # --- the model ---
+    # --- what was learned ---
     params, which = step.averaged(outcome.state), f"step {outcome.step:,}"
     if outcome.best_step is not None:
       params, which = outcome.best_params, f"step {outcome.best_step:,}, the best"
-    folder = Path(workdir) / MODEL_FOLDER
-    save_model(folder, config, params, vocabulary, may_replace=True)
+    if frozen is None:
+      folder = workdir / MODEL_FOLDER
+      save_model_with(
+          folder, config, params["base"], vocabulary, addon, params["own"], recipe=identity,
+          may_replace=True,
+      )
+    else:
+      folder = workdir / ADDON_FOLDER
+      save_addon(folder, addon, params["own"], frozen, recipe=identity, may_replace=True)
     say(f"{folder} holds {which}")
 
 
+def check_what(addon: Addon, objective: Objective, checkpoint: str | None) -> None:
+  """Raises InputError where there is nothing of what is to be trained, or to be read."""
+  for name, value, kind in (("addon", addon, Addon), ("objective", objective, Objective)):
+    if not (isinstance(value, kind) and dataclasses.is_dataclass(value)):
+      raise InputError(
+          f"train.{name}", value, f"of a class derived from {kind.__name__}, a dataclass"
+      )
+  kind_of(addon)
+  if objective.texts not in TEXTS:
+    raise InputError("objective.texts", objective.texts, f"one of {TEXTS}")
+  if checkpoint is None and not (objective.trains_base and objective.texts == "references"):
+    raise InputError(
+        "train.checkpoint", None, "a model folder, where the base isn't trained or is to be read"
+    )
+  if jax.process_count() > 1 and objective.texts == "outputs":
+    raise InputError(
+        "objective.texts", "outputs", "references where several processes train"
+    )
+
+
+def begin_addon(
+    addon: Addon, base: Generator, checkpoint: str | None, is_fresh: bool, seed: int
+) -> tuple[Any, str]:
+  """An add-on's parameters to start from, and a line on where they are from.
+
+  Raises:
+    InputError: where the checkpoint has an add-on of this kind and other sizes.
+  """
+  name = addon_name(addon)
+  found, own = None, {}
+  if checkpoint is not None and not is_fresh:
+    if isinstance(addon, Heads):
+      found, own = base.own_heads
+    elif (Path(checkpoint) / ADDONS_FOLDER / name).is_dir():
+      found, own = load_addon(Path(checkpoint) / ADDONS_FOLDER / name, base)
+  if not jax.tree.leaves(own):
+    own = addon.begin(base.config, base.partitioning, jax.random.key(seed))
+    return own, f"{name}: {'new' if jax.tree.leaves(own) else 'none'}"
+  wanted = addon.abstract(base.config, base.partitioning)
+  if type(found) is not type(addon) or leaf_shapes(wanted) != leaf_shapes(own):
+    raise InputError(
+        "train.addon", addon, f"{found}, as in {checkpoint}, or else has_fresh_addon"
+    )
+  return own, f"{name}: from {checkpoint}"
+
+
+def addon_text(addon: Addon, config: ModelConfig) -> str:
+  """What is said of an add-on before it is trained."""
+  return addon.describe(config) if isinstance(addon, Heads) else f"1, and {addon}"
+
+
+def fields_of(part: Any) -> dict[str, Any]:
+  """Kind and fields of an add-on or objective, ready for JSON."""
+  kind = type(part)
+  return {"kind": f"{kind.__module__}:{kind.__qualname__}", **dataclasses.asdict(part)}
+
+
+def make_batches(
+    workdir: Path, datasets: Sequence[Dataset], base, objective: Objective, *,
+    rates: Sequence[float] | None, output_rates: Sequence[float] | None, max_states: int,
+    batch_size: int, is_packed: bool, seed: int, lengths: Mapping[str, int],
+    config: ModelConfig,
+) -> BatchSource:
+  """What steps read; of the base's outputs and states what isn't there yet is made.
+
+  Args:
+    workdir: the run's, where those lie.
+    datasets: of the tasks.
+    base: called for the checkpoint's model where it is read.
+    objective: what is minimised.
+    rates, output_rates, max_states, batch_size, is_packed, seed: see `train`.
+    lengths: `input_length` and `target_length`.
+    config: of the model.
+  """
+  chosen = [drawn_examples(x, number, max_states, seed) for number, x in enumerate(datasets)]
+  outputs_of = lambda number, folder: distil(
+      workdir / folder / str(number), base(), datasets[number], examples=chosen[number],
+      batch_size=batch_size, **lengths,
+  )
+  outputs = []
+  if objective.texts == "outputs":
+    datasets = [outputs_of(number, "outputs") for number in range(len(datasets))]
+    chosen = [range(len(dataset.lengths)) for dataset in datasets]
+  elif output_rates is not None:
+    outputs = [outputs_of(number, "outputs") for number, rate in enumerate(output_rates) if rate]
+    rates = [*rates, *(rate for rate in output_rates if rate)]
+  common = {"rates": rates, "batch_size": batch_size, "seed": seed, **config.special_ids}
+  if objective.reads_states and jax.process_count() == 1:
+    folders = [workdir / "states" / str(number) for number in range(len(datasets))]
+    for folder, dataset, examples in zip(folders, datasets, chosen):
+      if not folder.is_dir():
+        write_states(
+            folder, EncoderDecoder(config, base().partitioning), base().params, dataset,
+            examples=examples, batch_size=batch_size, **lengths,
+        )
+    return StateBatches(
+        [HiddenStates(folder) for folder in folders], target_length=lengths["target_length"],
+        **common,
+    )
+  return Batches(
+      [*datasets, *outputs], num_outputs=len(outputs), is_packed=is_packed,
+      process_index=jax.process_index(), process_count=jax.process_count(), **common, **lengths,
+  )
+
+
 def run_vocabulary(
-    path: str | None, checkpoint: str | None, vocab_size: int, field: str = "train.vocabulary"
+    path: str | None, checkpoint: str | None, vocab_size: int
 ) -> tuple[Vocabulary, str | Path]:
   """The run's vocabulary and its file.
 
@@ -270,7 +391,7 @@ def run_vocabulary(
   """
   own = None if checkpoint is None else vocabulary_path(checkpoint)
   if path is None and own is None:
-    raise InputError(field, None, "a vocabulary file")
+    raise InputError("train.vocabulary", None, "a vocabulary file")
   path = own if path is None else shipped_vocabulary(path)
   words = open_vocabulary(path, vocab_size, has_sentinels=True)
   if own is not None:
@@ -293,13 +414,13 @@ def model_identity(config: ModelConfig) -> dict[str, Any]:
 
 
 def check_output_rates(
-    output_rates: Sequence[float], rates: Sequence[float] | None, mode: str,
-    checkpoint: str | None, loss: Loss,
+    output_rates: Sequence[float], rates: Sequence[float] | None, objective: Objective,
+    checkpoint: str | None,
 ) -> None:
   """Raises InputError where there are no own outputs, or nothing is learned from them."""
-  if mode != "joint" or jax.process_count() > 1:
+  if not objective.trains_base or jax.process_count() > 1:
     raise InputError(
-        "train.output_rates", list(output_rates), "None but in mode 'joint', in one process"
+        "train.output_rates", list(output_rates), "None but where a base is trained in one process"
     )
   if rates is None or len(output_rates) != len(rates) or min(output_rates) < 0:
     raise InputError(
@@ -307,8 +428,8 @@ def check_output_rates(
     )
   if checkpoint is None:
     raise InputError("train.checkpoint", None, "a model folder with output_rates")
-  if not loss.unlikelihood:
-    raise InputError("Loss.unlikelihood", loss.unlikelihood, "above 0 with output_rates")
+  if not objective.unlearns_loops:
+    raise InputError("Loss.unlikelihood", 0.0, "above 0 with output_rates")
 
 
 def check_schedule(
@@ -371,46 +492,6 @@ def drawn_examples(dataset: Dataset, number: int, most: int, seed: int) -> list[
   """The examples of the run's dataset of this number that its checkpoint reads first."""
   count = len(dataset.lengths)
   return np.random.default_rng([seed, number]).permutation(count)[:most].tolist()
-
-
-def own_outputs(
-    folder: Path, generator: Generator, datasets: Sequence[Dataset], rates: Sequence[float],
-    max_examples: int, batch_size: int, lengths: Mapping[str, int], seed: int,
-) -> list[Dataset]:
-  """The checkpoint's outputs on each dataset with a rate above 0, decoded where they aren't."""
-  return [
-      distil(
-          folder / str(number), generator, dataset, batch_size=batch_size,
-          examples=drawn_examples(dataset, number, max_examples, seed), **lengths,
-      )
-      for number, (dataset, rate) in enumerate(zip(datasets, rates)) if rate
-  ]
-
-
-def cached_states(
-    folder: Path, step: Step, initial_params, datasets: Sequence[Dataset], mode: str,
-    vocabulary: Vocabulary, max_states: int, batch_size: int, lengths: Mapping[str, int],
-    seed: int,
-) -> list[HiddenStates]:
-  """The frozen base's states over each task, made where they aren't there yet."""
-  states = []
-  for number, dataset in enumerate(datasets):
-    path = folder / str(number)
-    if not path.is_dir():
-      examples = drawn_examples(dataset, number, max_states, seed)
-      params = initial_params()
-      if mode == "distill":
-        generator = Generator(step.config, params, step.partitioning, vocabulary)
-        dataset = distil(
-            folder / f"distilled_{number}", generator, dataset, examples=examples,
-            batch_size=batch_size, **lengths,
-        )
-        examples = range(len(examples))
-      write_states(
-          path, step, params, dataset, examples=examples, batch_size=batch_size, **lengths
-      )
-    states.append(HiddenStates(path))
-  return states
 
 
 def main(argv: Sequence[str]) -> int:

@@ -21,8 +21,8 @@ import numpy as np
 import pytest
 from train_runs import cut, write_jsonl
 
-from bpd_jax.addons.addon import Addon, Made
-from bpd_jax.addons.folder import load_addon, make_addon, save_addon
+from bpd_jax.addons.addon import Addon, Made, make_addon
+from bpd_jax.addons.folder import load_addon, save_addon
 from bpd_jax.data.jsonl import JsonlTask
 from bpd_jax.data.rows import RowsTask
 from bpd_jax.decoding.lattice import top_k_lattice
@@ -35,9 +35,9 @@ from bpd_jax.evaluation.run import Method
 from bpd_jax.evaluation.validation import Validation
 from bpd_jax.generation import load
 from bpd_jax.reader import ModelReader
-from bpd_jax.train_addon import train_addon
+from bpd_jax.train import begin_addon, train
 from bpd_jax.training.loop import Schedule
-from bpd_jax.training.objective import Objective
+from bpd_jax.training.objective import decoder_states, Objective
 from bpd_jax.training.optimizer import Optimizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -109,11 +109,11 @@ class Ahead(Objective):
     there = [(shift(segments, i) == segments) & (segments > 0) for i in steps]
     return jnp.stack([shift(tokens, i) for i in steps]), jnp.stack(there)
 
-  def counts(self, batch):
+  def whole(self, addon, batch, key):
     return (batch["decoder_segment_ids"] > 0).sum()
 
-  def loss(self, addon, model, base, own, batch, counts, key):
-    hidden = batch["hidden"].astype(model.config.dtype)
+  def loss(self, addon, model, base, own, batch, whole, key):
+    hidden = decoder_states(model, base, batch)
     states = hidden + jnp.einsum("bld,ide->ible", hidden, own["turn"])
     logits = model.apply({"params": base}, states, method="logits")
     targets, there = self.targets(addon, batch)
@@ -124,7 +124,7 @@ class Ahead(Objective):
         "nll": add(nll), "correct": add((logits.argmax(-1) == targets).astype(nll.dtype)),
         "count": add(jnp.ones_like(nll)),
     }
-    return sums["nll"].sum() / counts, sums
+    return sums["nll"].sum() / whole, sums
 
 
 def work(folder, partitioning=None):
@@ -133,9 +133,9 @@ def work(folder, partitioning=None):
   folder.mkdir(parents=True, exist_ok=True)
   write_jsonl(folder / "rows.jsonl", rows)
   task = JsonlTask("rows", str(folder / "rows.jsonl"), targets="targets")
-  train_addon(
-      str(folder / "run"), str(SHIPPED), Turn(), Ahead(), [task],
-      Schedule(30, log_every=10, save_every=30), batch_size=8, input_length=64,
+  train(
+      str(folder / "run"), [task], Schedule(30, log_every=10, save_every=30),
+      checkpoint=str(SHIPPED), addon=Turn(), objective=Ahead(), batch_size=8, input_length=64,
       target_length=32, optimizer=Optimizer("adamw", 3e-3, "constant", 2),
       validation=Validation([task], 8, 8), partitioning=partitioning,
   )
@@ -279,15 +279,27 @@ def test_what_it_cant_draft_is_named_before_anything_compiles(one, folder):
     Draft(5, addon=str(folder / "one/run/addon")).make(base)
   for name, value in (("addon", "heads"), ("objective", None)):
     parts = {"addon": Turn(), "objective": Ahead()} | {name: value}
-    with pytest.raises(InputError, match=f"train_addon.{name} = .*: allowed is of a class derived"):
-      train_addon(
-          str(folder / "never"), str(SHIPPED), parts["addon"], parts["objective"], [],
-          Schedule(1),
-      )
-  with pytest.raises(InputError, match="train_addon.num_microbatches = 0: allowed is a positive"):
-    train_addon(
-        str(folder / "never"), str(SHIPPED), Turn(), Ahead(), [], Schedule(1), num_microbatches=0
+    with pytest.raises(InputError, match=f"train.{name} = .*: allowed is of a class derived"):
+      train(str(folder / "never"), [], Schedule(1), checkpoint=str(SHIPPED), **parts)
+  with pytest.raises(InputError, match="objective = 'Loss': allowed is one that trains Turn"):
+    train(str(folder / "never"), [], Schedule(1), checkpoint=str(SHIPPED), addon=Turn())
+  with pytest.raises(InputError, match="train.checkpoint = None: allowed is a model folder, where"):
+    train(
+        str(folder / "never"), [], Schedule(1), config=base.config, addon=Turn(),
+        objective=Ahead(),
     )
+
+
+def test_a_run_goes_on_with_the_checkpoints_own(one, folder, tmp_path):
+  shutil.copytree(SHIPPED, tmp_path / "base")
+  shutil.copytree(folder / "one/run/addon", tmp_path / "base/addons/turn")
+  base = load(tmp_path / "base")
+  own, said = begin_addon(Turn(), base, str(tmp_path / "base"), False, 0)
+  assert float(jnp.abs(own["turn"]).max()) > 0 and said == f"turn: from {tmp_path / 'base'}"
+  own, said = begin_addon(Turn(), base, str(tmp_path / "base"), True, 0)
+  assert float(jnp.abs(own["turn"]).max()) == 0 and said == "turn: new"
+  with pytest.raises(InputError, match=r"addon = Turn\(.*=3\): allowed is Turn\(.*=4\), as"):
+    begin_addon(Turn(3), base, str(tmp_path / "base"), False, 0)
 
 
 def test_an_add_on_that_no_other_process_can_import_isnt_stored(tmp_path):

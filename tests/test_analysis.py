@@ -41,10 +41,9 @@ def test_heads_by_hand(base, recording):  # noqa: F811
     found = head_statistics(base, recording)
     view, apply = base.view, base.model.apply
     first = np.asarray(apply({"params": view}, recording.hidden, method="logits"))
-    rest = np.asarray(apply(
-        {"params": view}, recording.hidden.reshape(-1, recording.hidden.shape[-1]),
-        method="head_logits",
-    )).reshape(*recording.hidden.shape[:2], H - 1, -1)
+    heads, own = base.own_heads
+    states = heads.states(base.config, own, recording.hidden)
+    rest = np.moveaxis(np.asarray(apply({"params": view}, states, method="logits")), 0, 2)
   logits = np.concatenate([first[:, :, None], rest], axis=2)
   for head in range(H):
     ranks, entropies = [], []

@@ -17,7 +17,7 @@ from bpd_jax.model.config import ModelConfig
 
 CONFIG = ModelConfig(
     vocab_size=160, d_model=32, d_ff=48, d_kv=8, num_heads=4, num_encoder_layers=2,
-    num_decoder_layers=2, block_size=benchmark.BLOCK_SIZE, head_d_ff=16,
+    num_decoder_layers=2,
 )
 OPTIONS = Options(
     batch_sizes=(1, 3), widths=(1, 4, 12), repeats=2, input_length=9, output_length=17, threads=1
@@ -151,7 +151,7 @@ def test_training_engines_begin_with_the_same_loss():
       batch_size=2, input_length=9, output_length=5, block_size=3, repeats=2, threads=1
   )
   with Progress(disable=True) as progress:
-    engines = measure_training(CONFIG.replace(block_size=1), options, progress)["engines"]
+    engines = measure_training(CONFIG, options, progress)["engines"]
   assert list(engines) == ["bpd_jax", "bpd_jax, 3 heads", "transformers"]
   losses = [engine["loss"] for engine in engines.values()]
   assert max(losses) - min(losses) < 1e-4 and losses[0] > 3

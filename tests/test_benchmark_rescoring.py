@@ -30,7 +30,7 @@ OPTIONS = RescoringOptions(
 )
 CONFIG = ModelConfig(
     vocab_size=160, d_model=16, d_ff=24, d_kv=8, num_heads=2, num_encoder_layers=1,
-    num_decoder_layers=1, block_size=4, head_d_ff=8,
+    num_decoder_layers=1,
 )
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from bpd_jax import programs
+from bpd_jax.addons.heads import Heads
 from bpd_jax.compilation_cache import SWITCH_VARIABLE
 from bpd_jax.decoding.types import Prompt
 from bpd_jax.generation import Generator
@@ -23,13 +24,14 @@ from bpd_jax.model.config import ModelConfig
 from bpd_jax.model.model import abstract_params, decode_view, EncoderDecoder, init_params
 from bpd_jax.partitioning import single_device
 from bpd_jax.programs import DecodeSettings
-from bpd_jax.reader import heads_drafter, prefill
+from bpd_jax.reader import ModelReader, prefill
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ModelConfig(
     vocab_size=512, d_model=32, d_ff=48, d_kv=16, num_heads=3, num_encoder_layers=2,
-    num_decoder_layers=2, block_size=8, head_d_ff=32,
+    num_decoder_layers=2,
 )
+HEADS = Heads(8, 32)
 MAX_LENGTH = 41
 
 
@@ -38,7 +40,9 @@ def compiled_loop(config, width, batch):
   """The decode loop as `generate` runs it, compiled from shapes alone."""
   place = single_device()
   model = EncoderDecoder(config, place, is_view=True)
-  settings = DecodeSettings(heads_drafter(model, width))
+  own = jax.eval_shape(HEADS.view, HEADS.abstract(config, place))
+  drafting = HEADS.make(ModelReader(model), own, block_size=width).drafting
+  settings = DecodeSettings(drafting.drafter)
   view = jax.eval_shape(functools.partial(decode_view, config), abstract_params(config, place))
   tokens = jax.ShapeDtypeStruct([batch, 64], jnp.int32)
   lengths = jax.ShapeDtypeStruct([batch], jnp.int32)
@@ -47,8 +51,8 @@ def compiled_loop(config, width, batch):
       functools.partial(programs.decode_cache, model, settings, batch, MAX_LENGTH)
   )
   return programs.DECODE.lower(
-      model, settings, programs.DecodeParams(view), context, Prompt(tokens, lengths, MAX_LENGTH),
-      lengths, 0, lengths, cache,
+      model, settings, programs.DecodeParams(view, drafting.params), context,
+      Prompt(tokens, lengths, MAX_LENGTH), lengths, 0, lengths, cache,
   ).compile()
 
 
@@ -94,7 +98,8 @@ def test_cache_is_donated():
 
 def test_number_of_compilations():
   params = init_params(CONFIG, single_device(), jax.random.key(0))
-  model = Generator(CONFIG, params)
+  own = HEADS.begin(CONFIG, single_device(), jax.random.key(1))
+  model = Generator(CONFIG, params, own_heads=(HEADS, own))
   rng = np.random.default_rng(0)
   prompts = [rng.integers(2, 512, n).tolist() for n in (3, 30, 33, 60, 9, 64, 17)]
   options = {"max_length": 13, "batch_size": 3, "buckets": (32, 64)}
@@ -103,7 +108,8 @@ def test_number_of_compilations():
       model.generate(prompts, method, limits=limits, **options)
   # An encoder a bucket; an empty cache a method; a loop a method and bucket.
   assert model.num_compilations == 2 + 2 + 4
-  again = Generator(CONFIG, jax.tree.map(lambda leaf: leaf + 1, params))
+  params, own = jax.tree.map(lambda leaf: leaf + 1, (params, own))
+  again = Generator(CONFIG, params, own_heads=(HEADS, own))
   again.generate(prompts[:2], "blockwise", **options)
   assert again.num_compilations == 0
 
@@ -113,13 +119,12 @@ import functools, json, re
 import jax
 jax.config.update("jax_enable_x64", True)
 import numpy as np
+from bpd_jax.addons.heads import Heads
 from bpd_jax.errors import InputError
 from bpd_jax import programs
 from bpd_jax.decoding.drafters.reference import ReferenceDrafter
 from bpd_jax.decoding.types import Prompt
 from bpd_jax.generation import Generator
-from bpd_jax.programs import DecodeSettings
-from bpd_jax.reader import heads_drafter
 from bpd_jax.model.config import ModelConfig
 from bpd_jax.model.model import abstract_params, decode_view, init_params
 from bpd_jax.partitioning import make_partitioning, single_device
@@ -127,16 +132,19 @@ import test_compiled as here
 
 out = {}
 mesh = make_partitioning(data=2, fsdp=2, model=2)
+heads = here.HEADS
 config = here.CONFIG.replace(num_heads=4)
 wide = config.with_dtype("float64")
 params = jax.device_get(init_params(wide, single_device(), jax.random.key(1)))
+own = jax.device_get(heads.begin(wide, single_device(), jax.random.key(2)))
 rng = np.random.default_rng(0)
-params["heads"]["w2"] = rng.standard_normal(params["heads"]["w2"].shape) / 6
+own["w2"] = rng.standard_normal(own["w2"].shape) / 6
 prompts = [rng.integers(2, 512, n).tolist() for n in (3, 30, 12, 9, 25, 1, 8, 31, 5)]
-one = Generator(wide, params)
+one = Generator(wide, params, own_heads=(heads, own))
 place = lambda leaf, abstract: jax.device_put(leaf, abstract.sharding)
 shards = jax.tree.map(place, params, abstract_params(wide, mesh))
-many = Generator(wide, shards, mesh)
+own_shards = jax.tree.map(place, own, heads.abstract(wide, mesh))
+many = Generator(wide, shards, mesh, own_heads=(heads, own_shards))
 options = {"max_length": 21, "batch_size": 8}
 greedy = one.generate(prompts, "greedy", **options)
 out["same"] = {}
@@ -158,7 +166,7 @@ context = programs.PREFILL(many.model, many.view, *inputs)
 limits = put(np.full([8], here.MAX_LENGTH, np.int32), "batch")
 moves = r" (all-gather|all-reduce|all-to-all|collective-\w+|reduce-scatter)(-start)?[(]"
 for method, width in (("greedy", 1), ("blockwise", 8)):
-  settings = DecodeSettings(heads_drafter(many.model, width))
+  settings = many.settings(method)
   empty = programs.CACHE(many.model, settings, 8, here.MAX_LENGTH)
   cache = empty.values[0]
   hlo = programs.DECODE.lower(
@@ -180,14 +188,19 @@ for method, width in (("greedy", 1), ("blockwise", 8)):
   }
 
 base = ModelConfig(d_model=768, d_ff=2048, num_heads=12, num_encoder_layers=12,
-                   num_decoder_layers=12, block_size=8, head_d_ff=2048)
-params = abstract_params(base, mesh)
+                   num_decoder_layers=12)
+heads = Heads(8, 2048)
+stored = {"base": abstract_params(base, mesh), "own": heads.abstract(base, mesh)}
+
 # As in `Generator.view`, whose shardings are the compiler's choice.
-turn = functools.partial(decode_view, base)
-placed = jax.jit(turn).lower(params).compile().output_shardings
-view = jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(
-    leaf.shape, leaf.dtype, sharding=sharding), jax.eval_shape(turn, params), placed)
-for name, tree in (("stored", params), ("view", view)):
+def in_view(turn, params):
+  placed = jax.jit(turn).lower(params).compile().output_shardings
+  return jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(
+      leaf.shape, leaf.dtype, sharding=sharding), jax.eval_shape(turn, params), placed)
+
+view = {"base": in_view(functools.partial(decode_view, base), stored["base"]),
+        "own": in_view(heads.view, stored["own"])}
+for name, tree in (("stored", stored), ("view", view)):
   out[name] = {
       jax.tree_util.keystr(path): leaf.size // int(np.prod(leaf.sharding.shard_shape(leaf.shape)))
       for path, leaf in jax.tree_util.tree_leaves_with_path(tree) if leaf.size * 4 > 1e6}

@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from bpd_jax.checkpoints import save_model
+from bpd_jax.addons.addon import make_addon
+from bpd_jax.addons.folder import save_addon, save_model_with
+from bpd_jax.addons.heads import Heads
 from bpd_jax.decode import describe_call, main, read_prompts
 from bpd_jax.errors import InputError
 from bpd_jax.generation import Call, load
@@ -28,8 +30,9 @@ ROOT = Path(__file__).resolve().parent.parent
 BYTES = ByteVocabulary()
 CONFIG = ModelConfig(
     vocab_size=384, d_model=16, d_ff=32, d_kv=8, num_heads=2, num_encoder_layers=1,
-    num_decoder_layers=1, block_size=4, head_d_ff=16,
+    num_decoder_layers=1,
 )
+HEADS = Heads(4, 16)
 PROMPTS = ["one prompt", "ü — [/bold] :smile:"]
 # What the model can write. Two letters and a line break, so that heads of noise
 # are often right.
@@ -43,13 +46,14 @@ def folder(tmp_path_factory):
   vocabulary.write_text('{"tokenizer_class": "ByT5Tokenizer"}')
   params = jax.device_get(init_params(CONFIG, single_device(), jax.random.key(3)))
   rng = np.random.default_rng(0)
-  params["heads"]["w2"] = rng.standard_normal(params["heads"]["w2"].shape, np.float32)
+  own = jax.device_get(HEADS.begin(CONFIG, single_device(), jax.random.key(4)))
+  own["w2"] = rng.standard_normal(own["w2"].shape, np.float32)
   kernel = np.zeros_like(params["logits_kernel"])
   # No letter's column is another's, and some is positive: nothing else is ever written.
   kernel[:, LETTERS] = rng.standard_normal([CONFIG.d_model, len(LETTERS)])
   kernel[:, LETTERS[-1]] = -kernel[:, LETTERS[0]] - kernel[:, LETTERS[1]]
   params["logits_kernel"] = kernel
-  save_model(folder / "model", CONFIG, params, vocabulary)
+  save_model_with(folder / "model", CONFIG, params, vocabulary, HEADS, own)
   return str(folder / "model")
 
 
@@ -96,6 +100,24 @@ def test_greedy_writes_the_same_in_more_calls(folder, expected, capsys):
       f"# 1: one prompt\n{expected.texts[0]}\n"
       "# 12 tokens, 12 decoder calls, block efficiency 1.00\n"
   )
+
+
+def test_an_addon_drafts_in_place_of_the_models_heads(folder, expected, capsys, tmp_path):
+  model = load(folder)
+  heads, own = Heads(3, 8), Heads(3, 8).begin(CONFIG, single_device(), jax.random.key(5))
+  save_addon(tmp_path / "addon", heads, own, model)
+  found = model.generate(
+      PROMPTS, make_addon(heads, own, model).drafting, max_length=12, batch_size=2
+  )
+  assert found.calls != expected.calls
+  out = shown_by(capsys, folder, "--addon", str(tmp_path / "addon"), *PROMPTS)
+  assert all(f"\n{text}\n# 12 tokens, {calls} decoder calls" in out
+             for text, calls in zip(expected.texts, found.calls, strict=True))
+  # The model's own heads are an add-on of its folder.
+  narrow = shown_by(
+      capsys, folder, "--addon", f"{folder}/addons/heads", "--block-size", "2", *PROMPTS
+  )
+  assert narrow == shown_by(capsys, folder, "--block-size", "2", *PROMPTS)
 
 
 @pytest.mark.parametrize("option", ["--show-drafts", "--show_drafts"])
@@ -208,8 +230,10 @@ def test_a_prompt_of_a_file_is_named_by_its_line(folder, tmp_path):
     (["  "], "prompts[0] = '  ': allowed is a text that isn't empty"),
     (["fine", "x" * 2048], "prompts[1] length = 2049: allowed is 1 … 2048"),
     (["fine", "caf\ud83d"], "argument 4 = 'caf\\ud83d': allowed is text in UTF-8"),
-    (["x", "--block-size", "5"], "block_size = 5: allowed is 1 … 4, the model's heads"),
+    (["x", "--block-size", "5"], "block_size = 5: allowed is 1 … 4, the heads"),
     (["x", "--block-size", "2", "--method", "greedy"], "block-size = 2: allowed is no option of"),
+    (["x", "--addon", "a", "--method", "greedy"], "addon = 'a': allowed is no option of --method"),
+    (["x", "--addon", "absent"], "addon = 'absent': allowed is one that can be read"),
     (["x", "--max-length", "0"], "max_length = 0: allowed is a positive integer"),
     (["x", "--batch-size", "0"], "batch_size = 0: allowed is a positive multiple of 1"),
     (["x", "--dtype", "float12"], "ModelConfig.dtype = 'float12': allowed is bfloat16"),

@@ -12,24 +12,27 @@ import pytest
 import test_loop
 
 from bpd_jax import plan, programs
-from bpd_jax.checkpoints import load_config, load_model, save_model
+from bpd_jax.addons.folder import save_model_with
+from bpd_jax.addons.heads import Heads
+from bpd_jax.checkpoints import load_config, save_model
 from bpd_jax.decoding.search import SearchSettings
 from bpd_jax.decoding.types import Prompt
 from bpd_jax.errors import InputError
 from bpd_jax.evaluation.replay import load_recording, record, replay
-from bpd_jax.generation import Generator, load
+from bpd_jax.generation import load
 from bpd_jax.model.config import DTYPES, ModelConfig
 from bpd_jax.model.layers import attend, mask_bias
 from bpd_jax.model.model import EncoderDecoder, init_params
 from bpd_jax.partitioning import single_device
-from bpd_jax.reader import heads_drafter, prefill
+from bpd_jax.reader import ModelReader, prefill
 
 ROOT = Path(__file__).resolve().parent.parent
 PLACE = single_device()
 CONFIG = ModelConfig(
     vocab_size=50, d_model=16, d_ff=24, d_kv=8, num_heads=2, num_encoder_layers=2,
-    num_decoder_layers=2, block_size=3, head_d_ff=12,
+    num_decoder_layers=2,
 )
+HEADS = Heads(3, 12)
 TIED = CONFIG.replace(activation="relu", is_gated=False, is_tied=True)
 WIDE = {"bfloat16": "float32", "float16": "float32", "float32": "float32", "float64": "float64"}
 
@@ -74,19 +77,21 @@ def equations(jaxpr):
 def decode_jaxpr(config, search):
   """The encoder and the decode loop, from shapes alone."""
   model = EncoderDecoder(config, PLACE, is_view=True)
-  settings = programs.DecodeSettings(heads_drafter(model, 3, 2), search=search)
 
-  def whole(params, tokens, lengths):
+  def whole(params, own, tokens, lengths):
     view = programs.decode_view(config, params)
+    drafting = HEADS.make(ModelReader(model), HEADS.view(own), top_k=2).drafting
+    settings = programs.DecodeSettings(drafting.drafter, search=search)
     context = prefill(model, view, tokens, lengths)
     return programs.decode_batch(
-        model, settings, programs.DecodeParams(view), context, Prompt(tokens, lengths, 9),
-        lengths, 0, lengths, programs.decode_cache(model, settings, 2, 9),
+        model, settings, programs.DecodeParams(view, drafting.params), context,
+        Prompt(tokens, lengths, 9), lengths, 0, lengths,
+        programs.decode_cache(model, settings, 2, 9),
     )
 
   params = jax.eval_shape(lambda: init_params(config, PLACE, jax.random.key(0)))
   ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
-  return jax.make_jaxpr(whole)(params, ints(2, 5), ints(2))
+  return jax.make_jaxpr(whole)(params, HEADS.abstract(config, PLACE), ints(2, 5), ints(2))
 
 
 # Of these each is in a norm, a softmax, a log-probability, a score or a search. A gelu has a
@@ -209,9 +214,9 @@ def test_a_drafters_scores_are_wide_before_anything_adds_them(dtype):
 def folder(tmp_path_factory):
   path = tmp_path_factory.mktemp("models") / "model"
   params = init_params(CONFIG, PLACE, jax.random.key(0))
-  w2 = params["heads"]["w2"]
-  params["heads"]["w2"] = jax.random.normal(jax.random.key(1), w2.shape) / 4
-  save_model(path, CONFIG, params)
+  own = HEADS.begin(CONFIG, PLACE, jax.random.key(2))
+  own["w2"] = jax.random.normal(jax.random.key(1), own["w2"].shape) / 4
+  save_model_with(path, CONFIG, params, None, HEADS, own)
   return path
 
 
@@ -227,7 +232,7 @@ def test_plan_compiles_what_load_runs(folder, dtype):
       lengths, 0, lengths, cache,
   )
   config = plan.decode_config(load_config(folder), dtype)
-  planned = plan.decode_program("blockwise", config.block_size, config, PLACE, 2, 32, 9)
+  planned = plan.decode_program("blockwise", HEADS, config, PLACE, 2, 32, 9)
   # All but names: shapes, dtypes and instructions.
   numbers = lambda compiled: compiled.cost_analysis() | {
       "arguments": compiled.memory_analysis().argument_size_in_bytes,
@@ -238,8 +243,7 @@ def test_plan_compiles_what_load_runs(folder, dtype):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_a_recording_in_fewer_bits_is_read_back(folder, tmp_path, dtype):
-  config, params = load_model(folder, PLACE, dtype)
-  model = Generator(config, params)
+  model = load(folder, dtype=dtype)
   prompts = [[5, 6, 7], [8, 9]]
   options = {"max_length": 9, "batch_size": 2}
   greedy = model.generate(prompts, "greedy", **options)

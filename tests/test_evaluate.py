@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from bpd_jax.checkpoints import save_model
+from bpd_jax.addons.folder import save_model_with
+from bpd_jax.addons.heads import Heads
 from bpd_jax.data.jsonl import JsonlTask
 from bpd_jax.data.rows import rows_fingerprint, RowsTask, TASKS
 from bpd_jax.decoding.drafters.empty import EmptyDrafter
@@ -50,8 +51,9 @@ from bpd_jax.programs import num_compilations
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ModelConfig(
     vocab_size=384, d_model=32, d_ff=48, d_kv=8, num_heads=4, num_encoder_layers=2,
-    num_decoder_layers=2, block_size=4, head_d_ff=16,
+    num_decoder_layers=2,
 )
+HEADS = Heads(4, 16)
 TEXTS = ["one row", "another, longer row of text", "ü — é", "the last row"]
 
 
@@ -61,7 +63,8 @@ def model_folder(tmp_path_factory):
   vocabulary = folder / "tokenizer_config.json"
   vocabulary.write_text('{"tokenizer_class": "ByT5Tokenizer"}')
   params = init_params(CONFIG, single_device(), jax.random.key(3))
-  save_model(folder / "model", CONFIG, params, vocabulary)
+  own = HEADS.begin(CONFIG, single_device(), jax.random.key(4))
+  save_model_with(folder / "model", CONFIG, params, vocabulary, HEADS, own)
   return folder / "model"
 
 

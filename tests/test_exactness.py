@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from bpd_jax.addons.heads import Heads
 from bpd_jax.decoding.drafters.reference import ReferenceDrafter
 from bpd_jax.evaluation.exactness import check_differences, Difference, find_differences
 from bpd_jax.generation import Generator
@@ -15,8 +16,9 @@ from bpd_jax.partitioning import single_device
 MAX_LENGTH = 18
 # Models of a kind, each with its own batch of prompts: some in every run, in a slow one 200.
 FEW, MANY = 15, 100
+HEADS = Heads(10, 16)
 # Block sizes of the heads and of references; each is one compiled loop.
-HEADS = (2, 3, 4, 8, 10)
+BLOCK_SIZES = (2, 3, 4, 8, 10)
 REFERENCES = (4, 9)
 # Four rows a batch, and one that only pads.
 OPTIONS = {"max_length": MAX_LENGTH, "batch_size": 5, "buckets": (32,)}
@@ -36,24 +38,24 @@ def hf_models():
   torch.set_num_threads(before)
 
 
-def make_generator(config, params):
+def make_generator(config, params, own):
   """A generator whose view is made by one program for all models of a config."""
-  generator = Generator(config, params)
+  generator = Generator(config, params, own_heads=(HEADS, own))
   generator._view = VIEW(config, params)
   return generator
 
 
 def random_model(hf_models, kind, seed, folder):
-  """A model of transformers, and its config and parameters in float64 with random heads."""
+  """A model of transformers, its config and parameters in float64, and random heads."""
   model = hf_models.make_t5(kind, seed=seed, dtype=hf_models.torch.float64, eos_scale=2.0)
   hf_models.save(model, folder)
-  config, params = import_model(folder, block_size=10, head_d_ff=16)
+  config, params, _ = import_model(folder)
   rng = np.random.default_rng(seed)
-  w1, w2 = (params["heads"][name].shape for name in ("w1", "w2"))
+  w1, w2 = (leaf.shape for leaf in HEADS.abstract(config, single_device()).values())
   # Small W2 says what head 1 says, right where a text repeats itself; large W2 anything.
   scale = rng.choice([0.02, 0.2, 1.0])
-  params["heads"] = {"w1": rng.standard_normal(w1) / 5, "w2": scale * rng.standard_normal(w2) / 4}
-  return model, config.with_dtype("float64"), jax.tree.map(np.float64, params)
+  own = {"w1": rng.standard_normal(w1) / 5, "w2": scale * rng.standard_normal(w2) / 4}
+  return model, config.with_dtype("float64"), jax.tree.map(np.float64, params), own
 
 
 def torch_greedy(model, prompts):
@@ -71,10 +73,10 @@ def torch_greedy(model, prompts):
 
 # Each shape is a loop to compile in float64. Those of t5_1_1's heads are used again below.
 @pytest.mark.parametrize("kind, num_models, heads, references", [
-    ("t5", FEW, HEADS[1:3], REFERENCES[:1]),
-    ("t5_1_1", FEW, HEADS, REFERENCES[:1]),
-    pytest.param("t5", MANY, HEADS, REFERENCES, marks=pytest.mark.slow),
-    pytest.param("t5_1_1", MANY, HEADS, REFERENCES, marks=pytest.mark.slow),
+    ("t5", FEW, BLOCK_SIZES[1:3], REFERENCES[:1]),
+    ("t5_1_1", FEW, BLOCK_SIZES, REFERENCES[:1]),
+    pytest.param("t5", MANY, BLOCK_SIZES, REFERENCES, marks=pytest.mark.slow),
+    pytest.param("t5_1_1", MANY, BLOCK_SIZES, REFERENCES, marks=pytest.mark.slow),
 ])
 def test_float64_blockwise_is_greedy_is_transformers(
     hf_models, kind, num_models, heads, references, tmp_path
@@ -83,7 +85,9 @@ def test_float64_blockwise_is_greedy_is_transformers(
   ended, lengths = 0, []
   accepted = {kind: {} for kind in ("heads", "reference")}
   for number in range(num_models):
-    model, config, params = random_model(hf_models, kind, number, tmp_path / str(number))
+    model, config, params, own = random_model(
+        hf_models, kind, number, tmp_path / str(number)
+    )
     prompts = [
         rng.integers(2, 97, n).tolist() for n in rng.choice(np.arange(1, 31), 4, replace=False)
     ]
@@ -92,7 +96,7 @@ def test_float64_blockwise_is_greedy_is_transformers(
     limits[number % 4] = MAX_LENGTH
     cut = [row[:limit] for row, limit in zip(expected, limits)]
     with jax.enable_x64(True):
-      generator = make_generator(config, params)
+      generator = make_generator(config, params, own)
 
       def decode(block_size, known=None):
         method = generator.heads(block_size) if known is None else ReferenceDrafter(block_size - 1)
@@ -134,21 +138,21 @@ def test_float64_blockwise_is_greedy_is_transformers(
     assert len(accepted["heads"][block_size]) > least, (block_size, accepted)
 
 
-@pytest.mark.parametrize("block_size", HEADS)
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
 def test_heads_always_wrong_need_a_call_a_token(hf_models, block_size, tmp_path):
   """Heads that say 96, which the base model can't: its logit reads a feature that is 0."""
-  _, config, params = random_model(hf_models, "t5_1_1", 0, tmp_path / "model")
+  _, config, params, own = random_model(hf_models, "t5_1_1", 0, tmp_path / "model")
   params["decoder"]["norm"]["scale"][-1] = 0
   params["logits_kernel"][:, 96] = 0
   params["logits_kernel"][-1, 96] = 1e6
-  w1, w2 = params["heads"]["w1"], params["heads"]["w2"]
+  w1, w2 = own["w1"], own["w2"]
   # gelu(z) + gelu(-z) is positive.
   w1[:, :, 1] = -w1[:, :, 0]
   w2[:] = 0
   w2[:, :2, -1] = 1
   prompts = [[5, 6, 7], list(range(2, 30)), [9] * 12]
   with jax.enable_x64(True):
-    generator = make_generator(config, params)
+    generator = make_generator(config, params, own)
     greedy = generator.generate(prompts, "greedy", **OPTIONS)
     found = generator.generate(prompts, generator.heads(block_size), **OPTIONS)
   for row, calls, expected in zip(found.tokens, found.calls, greedy.tokens):
@@ -160,14 +164,14 @@ def test_heads_always_wrong_need_a_call_a_token(hf_models, block_size, tmp_path)
     )
 
 
-@pytest.mark.parametrize("block_size", HEADS)
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
 def test_heads_always_right_need_one_call_and_a_ceiling(hf_models, block_size, tmp_path):
   """Where all tokens score alike greedy says 0 for ever, and so does every head."""
-  _, config, params = random_model(hf_models, "t5_1_1", 0, tmp_path / "model")
+  _, config, params, own = random_model(hf_models, "t5_1_1", 0, tmp_path / "model")
   params["logits_kernel"][:] = 0
   prompts, limits = [[5, 6, 7], list(range(2, 30)), [9] * 12, [8]], [MAX_LENGTH, 1, 7, 11]
   with jax.enable_x64(True):
-    generator = make_generator(config, params)
+    generator = make_generator(config, params, own)
     found = generator.generate(prompts, generator.heads(block_size), limits=limits, **OPTIONS)
   assert [row.tolist() for row in found.tokens] == [[0] * limit for limit in limits]
   assert found.calls == [1 + -(-(limit - 1) // block_size) for limit in limits]
@@ -175,8 +179,9 @@ def test_heads_always_right_need_one_call_and_a_ceiling(hf_models, block_size, t
 
 FLOAT32 = ModelConfig(
     vocab_size=2048, d_model=512, d_ff=512, d_kv=64, num_heads=4, num_encoder_layers=2,
-    num_decoder_layers=2, block_size=8, head_d_ff=256,
+    num_decoder_layers=2,
 )
+FLOAT32_HEADS = Heads(8, 256)
 
 
 @pytest.fixture(scope="module")
@@ -184,10 +189,10 @@ def wide():
   """A model as wide as T5 1.1 small, prompts, and greedy's tokens."""
   params = jax.device_get(init_params(FLOAT32, single_device(), jax.random.key(5)))
   rng = np.random.default_rng(6)
-  w2 = params["heads"]["w2"]
-  params["heads"]["w2"] = rng.standard_normal(w2.shape).astype(np.float32) / 40
+  own = jax.device_get(FLOAT32_HEADS.begin(FLOAT32, single_device(), jax.random.key(7)))
+  own["w2"] = rng.standard_normal(own["w2"].shape).astype(np.float32) / 40
   prompts = [rng.integers(2, 2048, n).tolist() for n in rng.integers(4, 33, 64)]
-  generator = Generator(FLOAT32, params)
+  generator = Generator(FLOAT32, params, own_heads=(FLOAT32_HEADS, own))
   greedy = generator.generate(prompts, "greedy", max_length=32, batch_size=32)
   return params, generator, prompts, greedy
 
@@ -218,13 +223,13 @@ def test_float32_differs_in_near_ties_alone(wide):
 
 def test_real_flips_are_near_ties_and_too_many_fail(wide):
   """Every token gets a twin whose logit differs by less than float32's own noise."""
-  params, _, prompts, _ = wide
+  params, whole, prompts, _ = wide
   rng = np.random.default_rng(8)
   kernel = params["logits_kernel"].copy()
   noise = rng.standard_normal([512, 1024]).astype(np.float32)
   kernel[:, 1024:] = kernel[:, :1024] * (1 + 1e-7 * noise)
   twins = {**params, "logits_kernel": kernel}
-  generator = Generator(FLOAT32, twins)
+  generator = Generator(FLOAT32, twins, own_heads=whole.own_heads)
   options = {"max_length": 32, "batch_size": 32}
   greedy = generator.generate(prompts, "greedy", **options).tokens
   found = generator.generate(prompts, "blockwise", **options).tokens

@@ -11,6 +11,9 @@ import test_loop
 from test_loop import make_rows, MAX_LENGTH, MODEL, NoisyDrafter
 
 from bpd_jax import decode
+from bpd_jax.addons.addon import make_addon
+from bpd_jax.addons.folder import save_model_with
+from bpd_jax.addons.heads import Heads
 from bpd_jax.checkpoints import save_model
 from bpd_jax.data.datasets import open_task
 from bpd_jax.data.jsonl import JsonlTask
@@ -30,6 +33,7 @@ from bpd_jax.generation import Generator, NotFinite
 from bpd_jax.model.config import ModelConfig
 from bpd_jax.model.model import init_params
 from bpd_jax.partitioning import single_device
+from bpd_jax.training.loss import Loss
 from bpd_jax.training.optimizer import Optimizer
 from bpd_jax.training.step import Step
 from bpd_jax.vocabulary import open_vocabulary
@@ -39,8 +43,9 @@ NAN, INF = float("nan"), float("inf")
 NEGATIVE_NAN = np.copysign(np.float32(NAN), np.float32(-1))
 CONFIG = ModelConfig(
     vocab_size=64, d_model=16, d_ff=32, d_kv=8, num_heads=2, num_encoder_layers=1,
-    num_decoder_layers=2, block_size=4, head_d_ff=24,
+    num_decoder_layers=2,
 )
+HEADS = Heads(4, 24)
 BYTES = CONFIG.replace(vocab_size=384)
 OPTIONS = {"max_length": 12, "batch_size": 4, "buckets": (16,)}
 # Longer and shorter ones, so that slots of a batch aren't prompts in order.
@@ -49,10 +54,15 @@ PROMPTS = [[20] * 9, [21], [22] * 12, [23] * 4, [24] * 7]
 
 @pytest.fixture(scope="module")
 def params():
-  params = jax.device_get(init_params(CONFIG, single_device(), jax.random.key(2)))
-  w2 = params["heads"]["w2"]
-  params["heads"]["w2"] = np.random.default_rng(0).standard_normal(w2.shape, np.float32) / 4
-  return params
+  return jax.device_get(init_params(CONFIG, single_device(), jax.random.key(2)))
+
+
+@pytest.fixture(scope="module")
+def own():
+  """The heads' parameters."""
+  own = jax.device_get(HEADS.begin(CONFIG, single_device(), jax.random.key(5)))
+  own["w2"] = np.random.default_rng(0).standard_normal(own["w2"].shape, np.float32) / 4
+  return own
 
 
 def changed(params, path, place, value):
@@ -185,8 +195,8 @@ def test_rows_of_other_failures_are_named_apart():
     ("encoder/norm/scale", (2,), INF), ("logits_kernel", (4, 9), NAN),
     ("logits_kernel", (4, 9), INF), ("decoder/norm/scale", (0,), -INF),
 ])
-def test_one_number_that_is_none_ends_every_method(params, path, place, value, method):
-  model = Generator(CONFIG, changed(params, path, place, value))
+def test_one_number_that_is_none_ends_every_method(params, own, path, place, value, method):
+  model = Generator(CONFIG, changed(params, path, place, value), own_heads=(HEADS, own))
   references = [[5] * 12] * 5 if isinstance(method, ReferenceDrafter) else None
   with pytest.raises(NotFinite) as caught:
     model.generate(PROMPTS, method, references=references, **OPTIONS)
@@ -197,10 +207,11 @@ def test_one_number_that_is_none_ends_every_method(params, path, place, value, m
   )
 
 
-def test_the_row_is_the_prompts_and_the_call_its_own(params):
+def test_the_row_is_the_prompts_and_the_call_its_own(params, own):
   whole = Generator(CONFIG, params)
   for row, token in ((2, 22), (3, 23)):
-    model = Generator(CONFIG, changed(params, "embedding", (token, 3), NAN))
+    changed_params = changed(params, "embedding", (token, 3), NAN)
+    model = Generator(CONFIG, changed_params, own_heads=(HEADS, own))
     with pytest.raises(NotFinite, match=rf"^prompts\[{row}\], call 1: the base model's"):
       model.generate(PROMPTS, **OPTIONS)
     others = [prompt for prompt in PROMPTS if token not in prompt]
@@ -230,10 +241,10 @@ def test_the_row_is_the_prompts_and_the_call_its_own(params):
     {}, {"top_k": 3}, {"top_k": 3, "search": SearchSettings("p_best", num_paths=2)},
 ], ids=["plain", "chain", "p_best"])
 @pytest.mark.parametrize("value", [NAN, INF])
-def test_a_head_that_is_none_is_said_where_it_drafts(params, options, value):
+def test_a_head_that_is_none_is_said_where_it_drafts(params, own, options, value):
   options = dict(options)
-  whole = Generator(CONFIG, params)
-  model = Generator(CONFIG, changed(params, "heads/w2", (2, 0, 0), value))
+  whole = Generator(CONFIG, params, own_heads=(HEADS, own))
+  model = Generator(CONFIG, params, own_heads=(HEADS, changed(own, "w2", (2, 0, 0), value)))
   with pytest.raises(NotFinite, match=r"^prompts\[0\], call 2: a head's largest logit"):
     heads = model.heads(top_k=options.pop("top_k", 1))
     model.generate(PROMPTS, heads, **options, **OPTIONS)
@@ -268,8 +279,10 @@ class Constant(NoRepeatScorer):
 
 @pytest.mark.parametrize("context", [1, 3])
 @pytest.mark.parametrize("search", SEARCHES)
-def test_a_scorer_that_says_nan_is_told_and_one_that_rules_out_isnt(params, search, context):
-  model = Generator(CONFIG, params)
+def test_a_scorer_that_says_nan_is_told_and_one_that_rules_out_isnt(
+    params, own, search, context
+):
+  model = Generator(CONFIG, params, own_heads=(HEADS, own))
   # So many that a CPU compares them in vectors.
   options = {"method": model.heads(top_k=40), "search": SEARCHES[search], **OPTIONS}
   with pytest.raises(NotFinite, match=r"^prompts\[0\], call 2: what a path is worth"):
@@ -280,12 +293,12 @@ def test_a_scorer_that_says_nan_is_told_and_one_that_rules_out_isnt(params, sear
     assert [x.tolist() for x in found.tokens] == [x.tolist() for x in greedy.tokens]
 
 
-def test_a_small_model_that_is_none(params):
-  small = CONFIG.replace(d_model=8, num_decoder_layers=1, block_size=1)
+def test_a_small_model_that_is_none(params, own):
+  small = CONFIG.replace(d_model=8, num_decoder_layers=1)
   bad = jax.device_get(init_params(small, single_device(), jax.random.key(5)))
   bad = changed(bad, "decoder/layers/mlp/wo", (0, 1, 1), NEGATIVE_NAN)
   scoring = [Generator(small, bad).scoring()]
-  model = Generator(CONFIG, params)
+  model = Generator(CONFIG, params, own_heads=(HEADS, own))
   for search in ("chain", "best_first"):
     with pytest.raises(NotFinite, match="what a path is worth"):
       model.generate(
@@ -293,21 +306,21 @@ def test_a_small_model_that_is_none(params):
       )
 
 
-def test_replay_says_so_too(params):
-  model = Generator(CONFIG, params)
+def test_replay_says_so_too(params, own):
+  model = Generator(CONFIG, params, own_heads=(HEADS, own))
   greedy = model.generate(PROMPTS, "greedy", **OPTIONS)
   recording = record(model, PROMPTS, greedy, 12)
-  broken = Generator(CONFIG, changed(params, "heads/w1", (0, 1, 1), NAN))
+  broken = Generator(CONFIG, params, own_heads=(HEADS, changed(own, "w1", (0, 1, 1), NAN)))
   with pytest.raises(NotFinite, match=r"^prompts\[0\], call 2: a head's largest logit"):
     replay(broken, recording, batch_size=8)
   with pytest.raises(NotFinite, match=r"^prompts\[3\], call 2: a head's largest logit"):
     watch(broken, recording, 3)
 
 
-def test_decode_names_the_prompts_line(params, bytes_vocabulary, tmp_path):
+def test_decode_names_the_prompts_line(params, own, bytes_vocabulary, tmp_path):
   params = {**params, "embedding": np.full([384, 16], NAN, np.float32),
             "logits_kernel": np.ones([16, 384], np.float32)}
-  save_model(tmp_path / "model", BYTES, params, bytes_vocabulary)
+  save_model_with(tmp_path / "model", BYTES, params, bytes_vocabulary, HEADS, own)
   (tmp_path / "p.txt").write_text("\na\n")
   with pytest.raises(NotFinite, match=r"p\.txt:2, call 1: the base model's largest logit"):
     decode.main(["--checkpoint", str(tmp_path / "model"), "--file", str(tmp_path / "p.txt"),
@@ -348,6 +361,7 @@ def test_evaluate_names_the_tasks_row(bad_tilde, bytes_vocabulary, tmp_path):
 def test_a_report_names_the_row_whose_draft_decoding_passed_over(bytes_vocabulary, tmp_path):
   config = BYTES.replace(d_model=32, activation="relu")
   params = jax.device_get(init_params(config, single_device(), jax.random.key(2)))
+  own = jax.device_get(HEADS.begin(config, single_device(), jax.random.key(3)))
   # It says its newest token again, as fresh heads do, so that drafts are taken whole.
   params["logits_kernel"] = params["embedding"].T / 4
   model = Generator(config, params)
@@ -360,9 +374,9 @@ def test_a_report_names_the_row_whose_draft_decoding_passed_over(bytes_vocabular
   sign[2 * 6 + 2] = 1
   unit = np.linalg.lstsq(hidden, sign)[0]
   np.testing.assert_allclose(hidden @ unit, sign, atol=1e-6)
-  params = changed(params, "heads/w1", (0, slice(None), 0), unit * 1e30)
-  params = changed(params, "heads/w2", (0, 0), 1e20)
-  save_model(tmp_path / "model", config, params, bytes_vocabulary)
+  own = changed(own, "w1", (0, slice(None), 0), unit * 1e30)
+  own = changed(own, "w2", (0, 0), 1e20)
+  save_model_with(tmp_path / "model", config, params, bytes_vocabulary, HEADS, own)
   rows = tmp_path / "rows.jsonl"
   rows.write_text("".join(f'{{"inputs": "{text}"}}\n' for text in texts))
   decoding = functools.partial(
@@ -376,18 +390,24 @@ def test_a_report_names_the_row_whose_draft_decoding_passed_over(bytes_vocabular
     decoding(str(tmp_path / "reported"), has_report=True)
 
 
-def test_validation_names_task_and_example(bad_tilde, bytes_vocabulary, tmp_path):
+def test_validation_names_task_and_example(bad_tilde, own, bytes_vocabulary, tmp_path):
   rows = tmp_path / "rows.jsonl"
   rows.write_text("".join(
       f'{{"inputs": "{text}", "targets": "t"}}\n' for text in ("a text", "b", "a ~")
   ))
   task = JsonlTask("mine", str(rows), targets="targets", split="validation")
   vocabulary = open_vocabulary(bytes_vocabulary, 384)
-  step = Step(BYTES, single_device(), Optimizer("adamw", 1e-2, "constant", 0))
+  optimizer = Optimizer("adamw", 1e-2, "constant", 0)
+  step = Step(BYTES, single_device(), optimizer, Loss(trains_base=True), HEADS)
+
+  def decoder(params):
+    model = Generator(BYTES, params["base"], vocabulary=vocabulary)
+    return model, make_addon(HEADS, params["own"], model).drafting
+
   measure = lambda num_decoded: Evaluation(
       step, [open_task(task, vocabulary, tmp_path)], Validation([task], 2, num_decoded), 2,
-      vocabulary, {"input_length": 8, "target_length": 4},
-  )(bad_tilde, 1)
+      {"input_length": 8, "target_length": 4}, decoder,
+  )({"base": bad_tilde, "own": own}, 1)
   assert measure(2)["mine.validation/block_efficiency"] >= 1
   with pytest.raises(NotFinite, match=r"^mine\.validation example 2, call 1: the base model's"):
     measure(3)

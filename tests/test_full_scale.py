@@ -7,6 +7,7 @@ import jax
 import pytest
 
 from bpd_jax import evaluate, train  # noqa: F401  evaluate's names for gin.
+from bpd_jax.addons.heads import Heads
 from bpd_jax.generation import Generator
 from bpd_jax.launch import read_gin_files
 from bpd_jax.model.model import abstract_params
@@ -32,9 +33,10 @@ def made(owner, *names):
   ]
 
 
-def check_step(config, optimizer, loss, mode, lengths):
-  """A step's shapes, at 2 rows: the state comes back as it went in."""
-  step = train.Step(config, single_device(), optimizer, loss, mode=mode)
+def check_step(config, addon, optimizer, objective, lengths):
+  """A step's shapes, at 2 rows: the state comes back as it went in, base and heads."""
+  assert objective.trains_base
+  step = train.Step(config, single_device(), optimizer, objective, addon)
   batch = {
       f"{side}_{what}": jax.ShapeDtypeStruct((2, length), jax.numpy.int32)
       for side, length, whats in zip(
@@ -44,10 +46,10 @@ def check_step(config, optimizer, loss, mode, lengths):
       for what in whats
   }
   key = jax.eval_shape(jax.random.key, 0)
-  state, metrics = jax.eval_shape(step._run, step.abstract_state, batch, key)
+  state, metrics = jax.eval_shape(step._run, step.abstract_state, batch, key, None)
   shapes = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
   assert shapes(state) == shapes(step.abstract_state)
-  assert metrics["count"].shape == (config.block_size,)
+  assert metrics["count"].shape == (addon.block_size,)
 
 
 def test_every_file_is_looked_at():
@@ -58,35 +60,42 @@ def test_every_file_is_looked_at():
 @pytest.mark.parametrize("name", TRAINED)
 def test_what_starts_from_scratch(name):
   read_gin_files([f"{FOLDER}/{name}.gin"], DATA)
-  config, optimizer, loss, schedule = made("train", "config", "optimizer", "loss", "schedule")
-  count = sum(leaf.size for leaf in jax.tree.leaves(abstract_params(config, single_device())))
+  config, addon, optimizer, objective, schedule = made(
+      "train", "config", "addon", "optimizer", "objective", "schedule"
+  )
+  params = [abstract_params(config, single_device()), addon.abstract(config, single_device())]
+  count = sum(leaf.size for leaf in jax.tree.leaves(params))
   assert count / 1e6 == pytest.approx(TRAINED[name], rel=0.01)
-  assert config.block_size == (9 if name == "pretrain" else 1)
+  assert addon == Heads(9 if name == "pretrain" else 1, 4096)
   assert (schedule.num_steps, schedule.best_metric) == (200_000, "validation/loss")
-  check_step(config, optimizer, loss, "joint", (512, 256))
+  check_step(config, addon, optimizer, objective, (512, 256))
 
 
 def test_finetuning_goes_on_with_all_of_the_model():
   read_gin_files([f"{FOLDER}/pretrain.gin"], DATA)
-  (config,) = made("train", "config")
+  config, heads = made("train", "config", "addon")
   gin.clear_config()
   read_gin_files([f"{FOLDER}/finetune.gin"], [DATA[0], *TASK])
-  optimizer, loss, schedule = made("train", "optimizer", "loss", "schedule")
-  assert gin.query_parameter("%MODE") == "joint"
-  assert gin.query_parameter("%BLOCK_SIZE") == config.block_size
+  addon, optimizer, objective, schedule = made(
+      "train", "addon", "optimizer", "objective", "schedule"
+  )
+  assert gin.query_parameter("train.config") is None
+  assert gin.query_parameter("%CHECKPOINT") == "runs/full_scale/pretrain/model"
+  # Others than the checkpoint's own would be refused.
+  assert addon == heads
   assert (optimizer.learning_rate, optimizer.schedule) == (1e-4, "cosine")
   assert (schedule.num_steps, schedule.best_metric) == (100_000, "validation/loss")
-  check_step(config, optimizer, loss, "joint", (2048, 512))
+  check_step(config, addon, optimizer, objective, (2048, 512))
 
 
 def test_every_method_can_be_compiled_for_the_model():
   read_gin_files([f"{FOLDER}/pretrain.gin"], DATA)
-  (config,) = made("train", "config")
+  config, heads = made("train", "config", "addon")
   gin.clear_config()
   names = {"CHECKPOINT": "m", "OUTPUT": "o", "NGRAM": "n", "NEURAL": "s", "ROWS": "r"}
   read_gin_files([f"{FOLDER}/evaluate.gin"], [f"{k} = '{v}'" for k, v in names.items()])
   methods = [part.scoped_configurable_fn() for part in gin.query_parameter("evaluate.methods")]
-  model = Generator(config, params=None)
+  model = Generator(config, params=None, own_heads=(heads, {}))
   found = {}
   for method in methods:
     settings = model.settings(**method.options(model))

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bpd_jax.addons.heads import Heads
 from bpd_jax.decoding.drafters.reference import ReferenceDrafter
 from bpd_jax.decoding.types import Drafter, Lattice
 from bpd_jax.errors import InputError
@@ -17,8 +18,9 @@ from bpd_jax.partitioning import make_partitioning, single_device
 
 CONFIG = ModelConfig(
     vocab_size=64, d_model=16, d_ff=32, d_kv=8, num_heads=2, num_encoder_layers=2,
-    num_decoder_layers=2, block_size=4, head_d_ff=24,
+    num_decoder_layers=2,
 ).with_dtype("float64")
+HEADS = Heads(4, 24)
 PROMPTS = [[5, 6, 7, 1], [9], list(range(2, 40)), [30, 31, 1], [8, 8]]
 COPIES = ReferenceDrafter(3)
 
@@ -27,9 +29,9 @@ COPIES = ReferenceDrafter(3)
 def model():
   with jax.enable_x64(True):
     params = jax.device_get(init_params(CONFIG, single_device(), jax.random.key(2)))
-    w2 = params["heads"]["w2"]
-    params["heads"]["w2"] = np.random.default_rng(0).standard_normal(w2.shape) / 4
-    yield Generator(CONFIG, params)
+    own = jax.device_get(HEADS.begin(CONFIG, single_device(), jax.random.key(3)))
+    own["w2"] = np.random.default_rng(0).standard_normal(own["w2"].shape) / 4
+    yield Generator(CONFIG, params, own_heads=(HEADS, own))
 
 
 @pytest.mark.parametrize(
@@ -55,8 +57,8 @@ def model():
         ([[5]], {"method": COPIES, "references": [[5], [6]]}, "references = '2 lists'"),
     ],
 )
-def test_bad_input_is_named_before_anything_compiles(prompts, options, message):
-  fresh = Generator(CONFIG, params=None)
+def test_bad_input_is_named_before_anything_compiles(model, prompts, options, message):
+  fresh = Generator(CONFIG, params=None, own_heads=model.own_heads)
   with pytest.raises(InputError) as caught:
     fresh.generate(prompts, **options)
   assert message in str(caught.value)
@@ -145,7 +147,7 @@ def test_eos_ends_a_row_and_is_kept(model):
     free = model.generate(PROMPTS, "greedy", max_length=11, batch_size=8)
     # The third token of the first row becomes EOS, in a model that is the same.
     eos = int(free.tokens[0][2])
-    ending = Generator(CONFIG.replace(eos_id=eos), model.params)
+    ending = Generator(CONFIG.replace(eos_id=eos), model.params, own_heads=model.own_heads)
     expected = []
     for row in free.tokens:
       row = row.tolist()

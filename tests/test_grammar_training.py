@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from bpd_jax.addons.heads import Heads
 from bpd_jax.data.batches import Batches
 from bpd_jax.data.grammar import grammar, ideal_block_efficiency, PREFIX, run_lengths
 from bpd_jax.generation import Generator
@@ -11,13 +12,15 @@ from bpd_jax.model.config import ModelConfig
 from bpd_jax.model.model import init_params
 from bpd_jax.partitioning import single_device
 from bpd_jax.training.loop import Schedule, train_steps
+from bpd_jax.training.loss import Loss
 from bpd_jax.training.optimizer import Optimizer
 from bpd_jax.training.step import Step
 
 CONFIG = ModelConfig(
     vocab_size=128, d_model=64, d_ff=128, d_kv=16, num_heads=4, num_encoder_layers=2,
-    num_decoder_layers=2, block_size=4, head_d_ff=128,
+    num_decoder_layers=2,
 )
+HEADS = Heads(4, 128)
 STEPS = 2500
 
 
@@ -50,13 +53,15 @@ class Words:
 @pytest.mark.slow  # Trains for minutes.
 def test_a_trained_model_decodes_as_many_tokens_a_call_as_ideal_heads(tmp_path):
   batches = Batches([Words("train", 20_000)], batch_size=64, input_length=12, target_length=64)
-  step = Step(CONFIG, single_device(), Optimizer("adamw", 4e-3, "cosine", 100, STEPS))
+  optimizer = Optimizer("adamw", 4e-3, "cosine", 100, STEPS)
+  step = Step(CONFIG, single_device(), optimizer, Loss(trains_base=True), HEADS)
+  where = single_device(), jax.random.key(0)
   outcome = train_steps(
       tmp_path, step, batches, Schedule(STEPS, log_every=100, save_every=STEPS),
-      lambda: init_params(CONFIG, single_device(), jax.random.key(0)),
+      lambda: {"base": init_params(CONFIG, *where), "own": HEADS.begin(CONFIG, *where)},
   )
-  test = Words("test", 100)
-  generator = Generator(CONFIG, outcome.state.params)
+  test, params = Words("test", 100), outcome.state.params
+  generator = Generator(CONFIG, params["base"], own_heads=(HEADS, params["own"]))
   out = generator.generate(
       [inputs.tolist() for inputs, _ in test.rows], "blockwise", max_length=100, batch_size=25
   )

@@ -22,9 +22,9 @@ from safetensors.numpy import load_file, save_file
 from train_runs import run
 
 from bpd_jax import export, import_checkpoint
-from bpd_jax.checkpoints import load_model
+from bpd_jax.addons.heads import Heads
 from bpd_jax.errors import InputError
-from bpd_jax.generation import Generator
+from bpd_jax.generation import Generator, load
 from bpd_jax.interchange import huggingface
 from bpd_jax.interchange.huggingface import export_model, import_model
 from bpd_jax.model.config import ACTIVATIONS
@@ -132,18 +132,26 @@ def edit_tensors(folder, changes):
   save_file({name: x for name, x in tensors.items() if x is not None}, path)
 
 
-def assert_error(folder, text, **options):
+def random_heads(config, heads):
+  """Parameters of heads as numpy arrays, none of them at a special value."""
+  own = heads.begin(config, PLACE, jax.random.key(6))
+  rng = np.random.default_rng(2)
+  return {name: rng.standard_normal(leaf.shape, np.float32) for name, leaf in own.items()}
+
+
+def assert_error(folder, text):
   with pytest.raises(InputError) as caught:
-    import_model(folder, **options)
+    import_model(folder)
   assert text in str(caught.value)
   assert "\n" not in str(caught.value)
 
 
 def test_config_is_read(folder, kind):
-  config, _ = import_model(folder)
+  config, _, own = import_model(folder)
+  assert own == {}
   assert config.to_dict() == {
       "vocab_size": 97, "d_model": 24, "d_ff": 40, "d_kv": 8, "num_heads": 2,
-      "num_encoder_layers": 3, "num_decoder_layers": 2, "block_size": 1, "head_d_ff": 40,
+      "num_encoder_layers": 3, "num_decoder_layers": 2,
       "activation": "relu" if kind == "t5" else "gelu", "is_gated": kind != "t5",
       "is_tied": kind == "t5", "relpos_buckets": 8, "relpos_max_distance": 20,
       "norm_epsilon": 1e-6, "dropout_rate": 0.0, "scan_unroll": 1, "pad_id": 0, "eos_id": 1,
@@ -153,13 +161,13 @@ def test_config_is_read(folder, kind):
 
 
 def test_logits_agree_in_float32(folder, model):
-  assert_close(our_logits(*import_model(folder)), torch_logits(model), 1e-5)
+  assert_close(our_logits(*import_model(folder)[:2]), torch_logits(model), 1e-5)
 
 
 def test_logits_agree_in_float64(folder, kind):
   expected = torch_logits(hf_models.make_t5(kind, seed=3, dtype=torch.float64))
   with jax.enable_x64(True):
-    found = our_logits(*in_float64(*import_model(folder)))
+    found = our_logits(*in_float64(*import_model(folder)[:2]))
   assert_close(found, expected, 1e-10)
 
 
@@ -174,7 +182,7 @@ def test_public_sizes_of_relative_bias_agree(tmp_path):
     ids = torch.from_numpy(tokens)
     expected = model(input_ids=ids, decoder_input_ids=ids).logits.numpy()
   with jax.enable_x64(True):
-    config, params = in_float64(*import_model(tmp_path))
+    config, params = in_float64(*import_model(tmp_path)[:2])
     _, found = forward(config, params, tokens, mask, tokens)
     assert_close([np.asarray(found)], [expected], 1e-10)
 
@@ -204,7 +212,7 @@ def test_greedy_tokens_agree_in_float64(tmp_path, kind):
     )[0].tolist()
     expected.append(row[1:])
   with jax.enable_x64(True):
-    generator = Generator(*in_float64(*import_model(tmp_path)))
+    generator = Generator(*in_float64(*import_model(tmp_path)[:2]))
     found = generator.generate(prompts, "greedy", max_length=24, batch_size=4)
   assert [row.tolist() for row in found.tokens] == expected
   ends = [row[-1] == 1 for row in expected]
@@ -216,7 +224,7 @@ def test_config_as_published_folders_have_it(copy):
   folder = copy("t5_1_1")
   expected = import_model(folder)
   edit_config(folder, tie_word_embeddings=False, scale_decoder_outputs=None)
-  config, params = import_model(folder)
+  config, params, _ = import_model(folder)
   assert config == expected[0]
   assert_same(params, expected[1])
   folder = copy("t5")
@@ -228,7 +236,7 @@ def test_config_as_published_folders_have_it(copy):
   edit_tensors(folder, {
       name: None for name in load_file(folder / "model.safetensors") if "encoder.block.2" in name
   })
-  config, _ = import_model(folder)
+  config, _, _ = import_model(folder)
   assert config.is_tied and config.activation == "relu"
   assert config.num_decoder_layers == 2
   assert config.relpos_max_distance == 128
@@ -239,7 +247,7 @@ def test_tied_without_scale_gets_a_kernel_of_its_own(tmp_path):
   model = hf_models.make_t5("mt5", seed=2, tie_word_embeddings=True)
   hf_models.save(model, tmp_path)
   assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
-  config, params = import_model(tmp_path)
+  config, params, _ = import_model(tmp_path)
   assert not config.is_tied
   np.testing.assert_array_equal(params["logits_kernel"], params["embedding"].T)
   assert_close(our_logits(config, params), torch_logits(model), 1e-5)
@@ -281,7 +289,7 @@ def test_sharded_folder(copy, folder, kind):
 def test_half_precision_folder_becomes_float32(tmp_path, dtype):
   model = hf_models.make_t5("t5_1_1", seed=7, dtype=getattr(torch, dtype))
   hf_models.save(model, tmp_path)
-  config, params = import_model(tmp_path)
+  config, params, _ = import_model(tmp_path)
   assert config.param_dtype == "float32"
   assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype(np.float32)}
   assert_close(our_logits(config, params), torch_logits(model.float()), 1e-5)
@@ -304,7 +312,7 @@ def test_import_needs_no_torch(copy):
 
 @pytest.mark.parametrize("max_shard_bytes", [huggingface.MAX_SHARD_BYTES, 8000])
 def test_export_loads_in_transformers(tmp_path, folder, model, kind, max_shard_bytes):
-  config, params = import_model(folder)
+  config, params, _ = import_model(folder)
   out = tmp_path / "out"
   export_model(out, config, params, max_shard_bytes=max_shard_bytes)
   shards = [path.stat().st_size for path in out.glob("*.safetensors")]
@@ -332,11 +340,13 @@ def test_export_loads_in_transformers(tmp_path, folder, model, kind, max_shard_b
 def test_import_export_import_is_bitwise(tmp_path, folder, block_size):
   pieces = train_pieces(90)
   (tmp_path / "pieces").write_bytes(pieces)
-  config, params = import_model(folder, block_size=block_size)
-  export_model(tmp_path / "out", config, params, tmp_path / "pieces")
-  again, params_again = import_model(tmp_path / "out")
+  config, params, _ = import_model(folder)
+  own = random_heads(config, Heads(block_size))
+  export_model(tmp_path / "out", config, params, tmp_path / "pieces", heads=own)
+  again, *params_again = import_model(tmp_path / "out")
   assert again == config
-  assert_same(params_again, params)
+  assert_same(params_again, [params, own])
+  assert (tmp_path / "out" / huggingface.HEADS_FILE).exists() == (block_size > 1)
   assert (tmp_path / "out" / "spiece.model").read_bytes() == pieces
   assert sorted(os.listdir(tmp_path)) == ["out", "pieces"]
 
@@ -344,7 +354,7 @@ def test_import_export_import_is_bitwise(tmp_path, folder, block_size):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("is_gated", [False, True])
 def test_every_feed_forward_agrees(tmp_path, folder, is_gated, activation):
-  config, params = import_model(folder)
+  config, params, _ = import_model(folder)
   for stack in ("encoder", "decoder"):
     mlp = params[stack]["layers"]["mlp"]
     first = mlp.get("wi", mlp.get("wi_0"))
@@ -358,18 +368,20 @@ def test_every_feed_forward_agrees(tmp_path, folder, is_gated, activation):
 
 
 def test_export_keeps_bfloat16(tmp_path, folder):
-  config, params = import_model(folder, block_size=3)
-  config = config.with_dtype("bfloat16")
-  params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.bfloat16), params)
-  export_model(tmp_path / "out", config, params)
+  config, params, _ = import_model(folder)
+  params, own = jax.tree.map(
+      lambda leaf: jnp.asarray(leaf, jnp.bfloat16), (params, random_heads(config, Heads(3)))
+  )
+  export_model(tmp_path / "out", config.with_dtype("bfloat16"), params, heads=own)
   loaded = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / "out")
   assert loaded.dtype == torch.bfloat16
-  _, again = import_model(tmp_path / "out")
-  assert_same(again, jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), params))
+  assert load_file(tmp_path / "out" / huggingface.HEADS_FILE)["w1"].dtype == jnp.bfloat16
+  _, *again = import_model(tmp_path / "out")
+  assert_same(again, jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), [params, own]))
 
 
 def test_export_refuses(tmp_path, folder):
-  config, params = import_model(folder)
+  config, params, _ = import_model(folder)
   with pytest.raises(InputError, match="nothing is yet"):
     export_model(folder, config, params)
   with pytest.raises(InputError, match="^embedding shape"):
@@ -379,39 +391,73 @@ def test_export_refuses(tmp_path, folder):
   assert not os.listdir(tmp_path)
 
 
-def test_fresh_heads_repeat_head_1(folder):
-  config, params = import_model(folder, block_size=3, head_d_ff=200, seed=1)
-  assert (config.block_size, config.head_d_ff) == (3, 200)
-  assert params["heads"]["w1"].shape == (2, 24, 200)
-  assert not params["heads"]["w2"].any()
-  assert abs(params["heads"]["w1"].std() * 24**0.5 - 1) < 0.02
-  same = import_model(folder, block_size=3, head_d_ff=200, seed=1)[1]
-  other = import_model(folder, block_size=3, head_d_ff=200, seed=2)[1]
-  assert_same(same, params)
-  assert (other["heads"]["w1"] != params["heads"]["w1"]).mean() > 0.99
+@pytest.fixture
+def imported(tmp_path):
+  """Imports a folder by the command; the model, as it is loaded."""
+
+  def make(folder, *options):
+    to = tmp_path / f"model_{len(list(tmp_path.iterdir()))}"
+    assert run(["--from", str(folder), "--to", str(to), *options], import_checkpoint.main) == 0
+    return load(to)
+
+  return make
+
+
+def test_fresh_heads_repeat_head_1(folder, imported):
+  sizes = ("--block-size", "3", "--head-d-ff", "200")
+  model, same, other = (imported(folder, *sizes, "--seed", seed) for seed in "112")
+  heads, own = model.own_heads
+  assert heads == Heads(3, 200)
+  assert own["w1"].shape == (2, 24, 200)
+  assert not own["w2"].any()
+  assert abs(own["w1"].std() * 24**0.5 - 1) < 0.02
+  assert_same(same.own_heads[1], own)
+  assert (other.own_heads[1]["w1"] != own["w1"]).mean() > 0.99
   hidden = np.random.default_rng(0).standard_normal([2, 24]).astype(np.float32)
-  ours, variables = EncoderDecoder(config, PLACE), {"params": params}
+  ours, variables = EncoderDecoder(model.config, PLACE), {"params": model.params}
   base = ours.apply(variables, hidden, method="logits")
-  heads = ours.apply(variables, hidden, method="head_logits")
-  np.testing.assert_allclose(heads, np.repeat(base[:, None], 2, axis=1), rtol=1e-5, atol=1e-5)
+  found = ours.apply(variables, heads.states(model.config, own, hidden), method="logits")
+  np.testing.assert_allclose(found, np.repeat(base[None], 2, axis=0), rtol=1e-5, atol=1e-5)
 
 
-def test_heads_travel_with_the_folder(tmp_path, folder):
-  config, params = import_model(folder, block_size=4, head_d_ff=12)
-  params["heads"]["w2"] = np.random.default_rng(2).standard_normal([3, 12, 24], np.float32)
+def test_import_makes_heads_as_wide_as_the_model_or_none(copy, imported):
+  folder = copy()
+  assert imported(folder, "--block-size", "4").own_heads[1]["w1"].shape == (3, 24, 40)
+  for options in ((), ("--block-size", "1"), ("--head-d-ff", "12")):
+    model = imported(folder, *options)
+    assert (model.block_size, model.own_heads[1]) == (1, {})
+
+
+def test_heads_travel_with_the_folder(tmp_path, folder, imported, capsys):
+  config, params, _ = import_model(folder)
+  own = random_heads(config, Heads(4, 12))
   out = tmp_path / "out"
-  export_model(out, config, params)
-  for block_size in (1, 4):
-    again, params_again = import_model(out, block_size=block_size, seed=9)
-    assert again == config
-    assert_same(params_again, params)
-  assert_error(out, "block_size = 3: allowed is 4, from parallel_heads", block_size=3)
-  assert_error(out, "head_d_ff = 40: allowed is 12, from parallel_heads", head_d_ff=40)
-  w1, w2 = params["heads"]["w1"], params["heads"]["w2"]
+  export_model(out, config, params, heads=own)
+  again, *params_again = import_model(out)
+  assert again == config
+  assert_same(params_again, [params, own])
+  for options in ((), ("--block-size", "4"), ("--head-d-ff", "12", "--seed", "9")):
+    heads, found = imported(out, *options).own_heads
+    assert heads == Heads(4, 12)
+    assert_same(jax.tree.map(np.asarray, found), own)
+  for option, value, text in (
+      ("block-size", 3, "block-size = 3: allowed is 4, the folder's heads"),
+      ("block-size", 1, "block-size = 1: allowed is 4, the folder's heads"),
+      ("head-d-ff", 40, "head-d-ff = 40: allowed is 12, of the folder's heads"),
+  ):
+    argv = ["--from", str(out), "--to", str(tmp_path / "there"), f"--{option}", str(value)]
+    capsys.readouterr()
+    assert_one_line(run(argv, import_checkpoint.main), *capsys.readouterr(), text)
+  assert not (tmp_path / "there").exists()
+  w1, w2 = own["w1"], own["w2"]
   save_file({"w1": w1, "w2": w2[:2]}, out / huggingface.HEADS_FILE)
   assert_error(out, "parallel_heads.safetensors w2 shape = (2, 12, 24): allowed is (3, 12, 24)")
   save_file({"w1": w1[0], "w2": w2}, out / huggingface.HEADS_FILE)
   assert_error(out, "parallel_heads.safetensors w1 shape = (24, 12)")
+  save_file({"w1": w1[:, :20], "w2": w2}, out / huggingface.HEADS_FILE)
+  assert_error(
+      out, "parallel_heads.safetensors w1 shape = (3, 20, 12): allowed is (heads, 24, width)"
+  )
   save_file({"w1": w1}, out / huggingface.HEADS_FILE)
   assert_error(out, "parallel_heads.safetensors tensors = ['w1']")
 
@@ -490,7 +536,7 @@ def test_madlads_special_ids_go_there_and_back(tmp_path):
       reference.generate(torch.tensor([prompt]), max_new_tokens=16, num_beams=1,
                          do_sample=False)[0].tolist() for prompt in prompts
   ]
-  config, params = import_model(tmp_path / "madlad")
+  config, params, _ = import_model(tmp_path / "madlad")
   assert config.special_ids == {"start_id": 0, "pad_id": 1, "eos_id": 2}
   with jax.enable_x64(True):
     generator = Generator(*in_float64(config, params))
@@ -570,10 +616,12 @@ def test_commands_there_and_back(copy, tmp_path):
       "--head-d-ff", 20, "--seed", 4,
   )
   assert done.returncode == 0, done.stderr
-  config, params = load_model(there, PLACE)
-  expected_config, expected = import_model(folder, block_size=3, head_d_ff=20, seed=4)
-  assert config == expected_config
-  assert_same(params, expected)
+  config, params, _ = import_model(folder)
+  own = jax.tree.map(np.asarray, Heads(3, 20).begin(config, PLACE, jax.random.key(4)))
+  expected, model = [params, own], load(there)
+  assert model.config == config
+  assert model.own_heads[0] == Heads(3, 20)
+  assert_same([model.params, model.own_heads[1]], expected)
   count = sum(leaf.size for leaf in jax.tree.leaves(expected))
   assert done.stdout.splitlines() == [
       f"parameters  {count:,}",
@@ -584,7 +632,10 @@ def test_commands_there_and_back(copy, tmp_path):
   done = command("bpd_jax.export", "--from", there, "--to", back)
   assert done.returncode == 0, done.stderr
   assert f"parameters  {count:,}" in done.stdout
-  assert_same(import_model(back)[1], expected)
+  assert "heads       3, 2 of them parallel heads of width 20" in done.stdout
+  again, *params_again = import_model(back)
+  assert again == config
+  assert_same(params_again, expected)
   assert (back / "spiece.model").read_bytes() == (folder / "spiece.model").read_bytes()
 
 
@@ -623,3 +674,14 @@ def test_commands_say_errors_in_one_line(copy, tmp_path, capsys):
   assert not (tmp_path / "there").exists()
   export_it = ["--from", str(tmp_path / "absent"), "--to", str(tmp_path / "out")]
   says(export.main, export_it, "a folder that exists")
+
+
+@pytest.mark.parametrize("option, text", [
+    ("--block-size=0", "block_size = 0: allowed is a positive integer"),
+    ("--block-size=-1", "block_size = -1: allowed is a positive integer"),
+    ("--head-d-ff=0", "d_ff = 0: allowed is a positive integer"),
+])
+def test_sizes_of_heads_that_are_none(copy, tmp_path, capsys, option, text):
+  argv = ["--from", str(copy()), "--to", str(tmp_path / "there"), option]
+  assert_one_line(run(argv, import_checkpoint.main), *capsys.readouterr(), text)
+  assert not (tmp_path / "there").exists()

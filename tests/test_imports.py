@@ -30,9 +30,9 @@ FLOORS = {
     "bpd_jax.decoding": 2,
     "bpd_jax.interchange": 2,
     "bpd_jax.programs": 2.5,
+    "bpd_jax.addons": 2.5,
     "bpd_jax.generation": 2.5,
     "bpd_jax.reader": 2.5,
-    "bpd_jax.addons": 2.7,
     "bpd_jax.distillation": 3,
     "bpd_jax.evaluation": 3,
     "bpd_jax.launch": 4,
@@ -46,7 +46,6 @@ FLOORS = {
     "bpd_jax.ngram": 4,
     "bpd_jax.prepare": 4,
     "bpd_jax.train": 4,
-    "bpd_jax.train_addon": 4,
 }
 # Commands of a package further down start like every other.
 COMMANDS = {
@@ -58,6 +57,7 @@ NEVER = {
     "bpd_jax.model": ("bpd_jax.decoding", "gin", "tensorflow", "seqio"),
     "bpd_jax.ngram_lm": (
         "bpd_jax.model", "bpd_jax.decoding", "bpd_jax.data", "gin", "tensorflow", "seqio"),
+    "bpd_jax.addons": ("gin", "tensorflow", "seqio"),
     "bpd_jax.generation": ("gin", "tensorflow", "seqio"),
     "bpd_jax.programs": ("gin", "tensorflow", "seqio"),
     "bpd_jax.training": ("gin", "tensorflow", "seqio"),
@@ -135,18 +135,21 @@ class Absent:
       raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Absent())
 import jax
-import bpd_jax, bpd_jax.decoding, bpd_jax.evaluation, bpd_jax.interchange, bpd_jax.model
-import bpd_jax.ngram_lm
-for package in (bpd_jax.decoding, bpd_jax.evaluation, bpd_jax.interchange, bpd_jax.model,
-                bpd_jax.ngram_lm):
+import bpd_jax, bpd_jax.addons, bpd_jax.decoding, bpd_jax.evaluation, bpd_jax.interchange
+import bpd_jax.model, bpd_jax.ngram_lm
+for package in (bpd_jax.addons, bpd_jax.decoding, bpd_jax.evaluation, bpd_jax.interchange,
+                bpd_jax.model, bpd_jax.ngram_lm):
   for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
     importlib.import_module(module.name)
+from bpd_jax.addons.heads import Heads
 from bpd_jax.model.config import ModelConfig
 from bpd_jax.model.model import init_params
 from bpd_jax.partitioning import single_device
 config = ModelConfig(vocab_size=32, d_model=8, d_ff=8, d_kv=4, num_heads=2,
-                     num_encoder_layers=1, num_decoder_layers=1, block_size=3, head_d_ff=8)
-model = bpd_jax.Generator(config, init_params(config, single_device(), jax.random.key(0)))
+                     num_encoder_layers=1, num_decoder_layers=1)
+heads, key = Heads(3, 8), jax.random.key(0)
+model = bpd_jax.Generator(config, init_params(config, single_device(), key),
+                          own_heads=(heads, heads.begin(config, single_device(), key)))
 outs = [model.generate([[5, 6, 1]], method, max_length=6, batch_size=1)
         for method in ("greedy", "blockwise")]
 assert outs[0].tokens[0].tolist() == outs[1].tokens[0].tolist()

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 import re
 import shlex
+import shutil
 
 import jax
 import numpy as np
@@ -15,9 +16,12 @@ transformers = pytest.importorskip("transformers")
 
 import hf_models
 from safetensors.numpy import load_file
-from train_runs import model_params, run, write_rows
+from train_runs import run, write_rows
 
+from bpd_jax.addons.folder import load_addon
+from bpd_jax.addons.heads import Heads
 from bpd_jax.checkpoints import load_model
+from bpd_jax.generation import load
 from bpd_jax.model.model import EncoderDecoder
 from bpd_jax.partitioning import single_device
 
@@ -73,8 +77,28 @@ def test_the_base_model_comes_back_bit_for_bit(folder):
   assert {name: array.tobytes() for name, array in after.items()} == {
       name: array.tobytes() for name, array in before.items()
   }
-  heads = [leaf for name, leaf in model_params(folder / "runs/heads").items() if "heads" in name]
-  assert [leaf.shape[0] for leaf in heads] == [2, 2]
+
+
+def test_the_run_leaves_heads_that_the_model_can_have_as_its_own(folder, tmp_path):
+  assert not (folder / "runs/heads/model").exists()
+  base = load(folder / "models/flan-small")
+  assert base.own_heads == (Heads(1), {})
+  heads, own = load_addon(folder / "runs/heads/addon", base)
+  assert heads == Heads(3)
+  assert [leaf.shape[0] for leaf in jax.tree.leaves(own)] == [2, 2]
+  assert own["w2"].any(axis=(1, 2)).all()
+  shutil.copytree(folder / "models/flan-small", tmp_path / "model")
+  shutil.copytree(folder / "runs/heads/addon", tmp_path / "model/addons/heads")
+  model = load(tmp_path / "model")
+  assert model.own_heads[0] == heads
+  assert jax.tree.all(jax.tree.map(np.array_equal, model.own_heads[1], own))
+  prompts = [json.loads(line)["inputs"] for line in (folder / "test.jsonl").open()]
+  greedy, blockwise = (
+      model.generate(prompts, method, max_length=12, batch_size=4)
+      for method in ("greedy", "blockwise")
+  )
+  assert blockwise.texts == greedy.texts
+  assert blockwise.block_efficiency > greedy.block_efficiency == 1
 
 
 def test_pytorch_writes_what_was_measured(folder):
@@ -102,7 +126,7 @@ def test_pytorch_writes_what_was_measured(folder):
         input_ids=torch.from_numpy(inputs), attention_mask=torch.from_numpy(mask),
         decoder_input_ids=torch.from_numpy(shifted),
     ).logits.numpy()
-  config, params = load_model(folder / "runs/heads/model", single_device())
+  config, params = load_model(folder / "models/flan-small", single_device())
   model = EncoderDecoder(config, single_device())
   logits = jax.jit(model.apply)({"params": params}, inputs, mask, shifted)
   for i, n in enumerate(lengths):

@@ -35,8 +35,9 @@ def test_every_model_file_is_known():
 @pytest.mark.parametrize("name", SIZES)
 def test_model_file_has_its_size(name):
   read_gin_files([str(ROOT / f"gin/models/{name}.gin")])
-  config = gin.get_configurable("ModelConfig")()
-  count = sum(leaf.size for leaf in jax.tree.leaves(abstract_params(config, single_device())))
+  config, heads = (gin.get_configurable(kind)() for kind in ("ModelConfig", "Heads"))
+  params = [abstract_params(config, single_device()), heads.abstract(config, single_device())]
+  count = sum(leaf.size for leaf in jax.tree.leaves(params))
   assert count / 1e6 == pytest.approx(SIZES[name], rel=2e-3)
 
 
@@ -58,7 +59,7 @@ def test_every_gin_file_parses_and_says_only_what_its_folder_is_for(path, monkey
   }
   assert bound
   if folder == "models":
-    assert bound == {"ModelConfig"}
+    assert bound == {"Heads", "ModelConfig"}
   if folder == "tasks":
     assert all(name.endswith("Task") for name in bound)
   if folder == "runs":
@@ -198,18 +199,19 @@ def test_every_model_can_be_trained(model, monkeypatch):
       ["WORKDIR = 'nowhere'", "STEPS = 10", "BLOCK_SIZE = 8", "DROPOUT_RATE = 0.1"],
   )
   made = {name: gin.query_parameter(f"train.{name}") for name in (
-      "config", "optimizer", "loss", "schedule", "validation", "partitioning")}
+      "config", "addon", "optimizer", "objective", "schedule", "validation", "partitioning")}
   made = {name: reference.scoped_configurable_fn() for name, reference in made.items()}
-  config = made["config"]
-  assert (config.block_size, config.vocab_size, config.dropout_rate) == (8, 4096, 0.1)
+  config, addon, objective = made["config"], made["addon"], made["objective"]
+  assert (addon.block_size, config.vocab_size, config.dropout_rate) == (8, 4096, 0.1)
+  assert addon.d_ff == config.d_ff and objective.trains_base
   train.check_schedule(made["schedule"], made["validation"], 8)
-  step = train.Step(config, made["partitioning"], made["optimizer"], made["loss"])
+  step = train.Step(config, made["partitioning"], made["optimizer"], objective, addon)
   tokens = jax.ShapeDtypeStruct((8, 16), jax.numpy.int32)
   sides = ("encoder_input_tokens", "encoder_segment_ids", "decoder_input_tokens",
            "decoder_target_tokens", "decoder_segment_ids")
   state, metrics = jax.eval_shape(
       step._run, step.abstract_state, dict.fromkeys(sides, tokens),
-      jax.eval_shape(jax.random.key, 0),
+      jax.eval_shape(jax.random.key, 0), None,
   )
   shapes = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
   assert shapes(state) == shapes(step.abstract_state)
@@ -229,8 +231,8 @@ def test_bindings_come_after_files():
   read_gin(
       [f"--gin_file={TINY}", "--gin.BLOCK_SIZE=5", "--gin.ModelConfig.d_ff=32"], "program", "does"
   )
-  config = gin.get_configurable("ModelConfig")()
-  assert (config.block_size, config.d_ff, config.d_model) == (5, 32, 64)
+  config, heads = (gin.get_configurable(kind)() for kind in ("ModelConfig", "Heads"))
+  assert (heads.block_size, config.d_ff, config.d_model) == (5, 32, 64)
 
 
 @pytest.mark.parametrize(
@@ -259,12 +261,12 @@ def test_bad_command_line_is_one_line_and_status_2(options, message, capsys):
 def test_bad_value_of_a_config_names_the_field(capsys):
   def main(argv):
     read_gin(argv, "program", "does")
-    gin.get_configurable("ModelConfig")()
+    gin.get_configurable("Heads")()
 
   with pytest.raises(SystemExit) as ended:
     launch.run(main, [f"--gin_file={TINY}", "--gin.BLOCK_SIZE=0"])
   assert ended.value.code == 2
-  assert "ModelConfig.block_size = 0: allowed is a positive integer" in capsys.readouterr().err
+  assert "Heads.block_size = 0: allowed is a positive integer" in capsys.readouterr().err
 
 
 def test_a_configurable_without_a_value_is_named_with_its_scope(capsys):

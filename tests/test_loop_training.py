@@ -18,6 +18,7 @@ from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
 from train_runs import assert_same, cut, last_state, leaves
 
+from bpd_jax.addons.heads import Heads
 from bpd_jax.data.batches import assemble
 from bpd_jax.errors import InputError
 from bpd_jax.model.config import ModelConfig
@@ -26,6 +27,7 @@ from bpd_jax.partitioning import single_device
 from bpd_jax.training import loop, metrics
 from bpd_jax.training.checkpointing import Checkpoints
 from bpd_jax.training.loop import claim_run, open_run, Schedule, train_steps, TrainingError
+from bpd_jax.training.loss import Loss
 from bpd_jax.training.metrics import Display, MetricWriter, read_metrics, shown
 from bpd_jax.training.optimizer import Optimizer
 from bpd_jax.training.step import place_batch, Step
@@ -36,8 +38,9 @@ UNREAD = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWar
 # What tests/test_train.py trains, so that the step is compiled once.
 CONFIG = ModelConfig(
     vocab_size=260, d_model=16, d_ff=16, d_kv=8, num_heads=2, num_encoder_layers=1,
-    num_decoder_layers=1, block_size=3, head_d_ff=16, dropout_rate=0.1,
+    num_decoder_layers=1, dropout_rate=0.1,
 )
+HEADS = Heads(3, 16)
 STEPS = 12
 # Of the undisturbed run's evaluations, by step.
 FIGURES = {4: 3.0, 8: 1.0, 12: 2.0}
@@ -50,7 +53,9 @@ def step():
 
 def make_step(config):
   optimizer = Optimizer("adamw", 1e-2, "constant", 4)
-  return Step(config, single_device(), optimizer, average_decay=0.9)
+  return Step(
+      config, single_device(), optimizer, Loss(trains_base=True), HEADS, average_decay=0.9
+  )
 
 
 class Source:
@@ -81,7 +86,9 @@ class Scripted:
 
 @functools.cache
 def initial_params():
-  return jax.device_get(init_params(CONFIG, single_device(), jax.random.key(0)))
+  where = single_device(), jax.random.key(0)
+  parts = (init_params(CONFIG, *where), HEADS.begin(CONFIG, *where))
+  return dict(zip(("base", "own"), jax.device_get(parts)))
 
 
 def train(workdir, step, source=None, evaluate=None, num_steps=STEPS, params=None, **schedule):
@@ -272,9 +279,9 @@ def test_loss_that_is_not_finite_names_step_and_checkpoint(step, tmp_path):
 
 def test_parameters_that_are_not_finite_are_not_saved(step, tmp_path):
   # Of a token that doesn't occur, so that the loss is fine.
-  embedding = initial_params()["embedding"].copy()
+  embedding = initial_params()["base"]["embedding"].copy()
   embedding[259] = np.inf
-  params = initial_params() | {"embedding": embedding}
+  params = initial_params() | {"base": initial_params()["base"] | {"embedding": embedding}}
   message = "parameters that aren't finite at step 1; there is no checkpoint before it"
   with pytest.raises(TrainingError, match=message):
     train(tmp_path, step, params=params, save_every=1)

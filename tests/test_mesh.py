@@ -9,7 +9,7 @@ import sys
 from devices import device_flags
 import numpy as np
 import pytest
-from train_runs import model_params
+from train_runs import addon_params, model_params
 
 from bpd_jax.data.token_cache import TokenCache
 from bpd_jax.decode import read_mesh
@@ -22,7 +22,9 @@ import contextlib, io, sys
 from pathlib import Path
 import jax
 from bpd_jax import decode, evaluate
+from bpd_jax.addons.folder import load_addon, save_model_with
 from bpd_jax.checkpoints import save_model
+from bpd_jax.generation import load
 from bpd_jax.model.config import ModelConfig
 from bpd_jax.model.model import init_params
 from bpd_jax.partitioning import single_device
@@ -32,7 +34,7 @@ folder = Path(sys.argv[1])
 write_rows(folder)
 config = ModelConfig(
     vocab_size=260, d_model=16, d_ff=16, d_kv=8, num_heads=2, num_encoder_layers=2,
-    num_decoder_layers=1, head_d_ff=16)
+    num_decoder_layers=1)
 params = init_params(config, single_device(), jax.random.key(7))
 params = jax.tree.map(lambda leaf: leaf * (3 if leaf.ndim > 1 else 1), params)
 save_model(folder / "base", config, params, folder / "tokenizer_config.json")
@@ -43,16 +45,19 @@ assert run(arguments(
 for name, places in (("one", {}), ("many", mesh)):
   assert run(arguments(
       folder, folder / name / "heads", HEADS_FILES, CHECKPOINT=str(folder / "base"),
-      MODE="distill", BLOCK_SIZE=3, **steps, **places)) == 0, name
-  model = str(folder / "one/heads/model")
-  macros = {"CHECKPOINT": model, "ROWS": str(folder / "validation.jsonl"),
-            "OUTPUT": str(folder / name / "results"), "MAX_DECODE_LENGTH": 12, "REPEATS": 1,
+      TEXTS="outputs", BLOCK_SIZE=3, **steps, **places)) == 0, name
+  base, addon, model = (folder / x for x in ("base", "one/heads/addon", "model"))
+  if name == "one":
+    heads = load_addon(addon, load(base))
+    save_model_with(model, config, params, folder / "tokenizer_config.json", *heads)
+  macros = {"CHECKPOINT": str(base), "ADDON": str(addon), "REPEATS": 1, "MAX_DECODE_LENGTH": 12,
+            "ROWS": str(folder / "validation.jsonl"), "OUTPUT": str(folder / name / "results"),
             **places}
   assert run(["--gin_file=gin/runs/evaluate_jsonl.gin", "--gin.evaluate.methods=[@heads/Method()]",
               *(f"--gin.{key}={value!r}" for key, value in macros.items())], evaluate.main) == 0
   options = ["--mesh", "1,-1,2"] if places else []
   with contextlib.redirect_stdout(io.StringIO()) as out:
-    assert run(["--checkpoint", model, "--max-length", "9", *options, "abc", "defg", "h"],
+    assert run(["--checkpoint", str(model), "--max-length", "9", *options, "abc", "defg", "h"],
                decode.main) == 0
   (folder / name / "decoded.txt").write_text(out.getvalue())
 """
@@ -74,6 +79,12 @@ def found(tmp_path_factory):
   return folder, done.stderr
 
 
+def test_base_and_heads_together(found):
+  learned = model_params(found[0] / "joint")
+  assert [learned[f"['own']['{name}']"].shape for name in ("w1", "w2")] == [(2, 16, 16)] * 2
+  assert all(np.isfinite(leaf).all() and leaf.any() for leaf in learned.values())
+
+
 def test_heads_behind_a_frozen_base(found):
   one, many = (found[0] / name / "heads" for name in ("one", "many"))
   losses = [
@@ -91,13 +102,14 @@ def test_heads_behind_a_frozen_base(found):
   for i in range(len(states[0].lengths)):
     np.testing.assert_allclose(states[0].states(i), states[1].states(i), atol=1e-4)
     assert states[0][i][1].tolist() == states[1][i][1].tolist()
-  expected, heads = model_params(one), model_params(many)
+  expected, heads = (addon_params(path, found[0] / "base") for path in (one, many))
+  assert set(expected) == set(heads) == {"['own']['w1']", "['own']['w2']"}
   for name in expected:
     np.testing.assert_allclose(heads[name], expected[name], atol=1e-4, err_msg=name)
 
 
 def test_the_bases_own_outputs(found):
-  parts = [TokenCache(found[0] / name / "heads/states/distilled_0/part_00000")
+  parts = [TokenCache(found[0] / name / "heads/outputs/0/part_00000")
            for name in ("one", "many")]
   assert len(parts[0].lengths) == 40
   for i in range(40):

@@ -1,5 +1,6 @@
 """The model: causal, blind to padding, and the same however it is called."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -9,8 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bpd_jax.addons.addon import VIEW
+from bpd_jax.addons.heads import Heads, HeadsReader
 from bpd_jax.decoding import tree as trees
-from bpd_jax.decoding.types import Tree
+from bpd_jax.decoding.types import Params, Tree
 from bpd_jax.errors import InputError
 from bpd_jax.generation import Generator
 from bpd_jax.model.config import ModelConfig
@@ -20,8 +23,9 @@ from bpd_jax.partitioning import single_device
 PLACE = single_device()
 T5_1_1 = ModelConfig(
     vocab_size=40, d_model=16, d_ff=24, d_kv=8, num_heads=2, num_encoder_layers=2,
-    num_decoder_layers=3, block_size=3, head_d_ff=12, relpos_buckets=8, relpos_max_distance=20,
+    num_decoder_layers=3, relpos_buckets=8, relpos_max_distance=20,
 )
+HEADS = Heads(3, 12)
 CONFIGS = {
     "t5_1_1": T5_1_1,
     "t5": T5_1_1.replace(activation="relu", is_gated=False, is_tied=True),
@@ -130,41 +134,56 @@ def test_blocks_over_the_cache_are_the_whole_pass(setup, rows, splits):
   assert lengths.tolist() == [10, 10]
 
 
-def test_head_1_is_the_base_model(setup, rows):
-  config, run, params = setup
-  tokens, mask, targets = rows
-  base = {name: leaf for name, leaf in params.items() if name != "heads"}
-  np.testing.assert_array_equal(
-      run(params, "__call__", tokens, mask, targets),
-      program(config.replace(block_size=1))(base, "__call__", tokens, mask, targets),
+def head_states(config, own, hidden, num_heads):
+  """States of the first heads, [heads, ..., d_model], as training and as decoding read them."""
+  reader = HeadsReader(EncoderDecoder(config, PLACE, is_view=True))
+  return (
+      HEADS.states(config, own, hidden)[:num_heads],
+      np.moveaxis(reader.head_states(Params(None, VIEW(HEADS, own)), hidden, num_heads), -2, 0),
   )
 
 
 def test_heads_are_their_formula_then_the_base_projection(setup):
   config, run, params = setup
-  hidden = np.random.default_rng(3).standard_normal([4, 16])
-  heads = params["heads"]
+  rng = np.random.default_rng(3)
+  hidden = rng.standard_normal([4, 16])
+  own = HEADS.begin(config, PLACE, jax.random.key(1))
+  own = jax.tree.map(lambda leaf: leaf + 0.2 * rng.standard_normal(leaf.shape), own)
   act = nn.relu if config.activation == "relu" else nn.gelu
-  found = run(params, "head_logits", hidden)
-  for i in range(2):
-    state = hidden + act(hidden @ heads["w1"][i]) @ heads["w2"][i]
-    kernel = params["embedding"].T * 16**-0.5 if config.is_tied else params["logits_kernel"]
-    np.testing.assert_allclose(found[:, i], state @ kernel, rtol=0, atol=1e-10)
-  first = EncoderDecoder(config, PLACE).apply({"params": params}, hidden, 1, method="head_logits")
-  np.testing.assert_allclose(first, found[:, :1], rtol=0, atol=1e-12)
+  kernel = params["embedding"].T * 16**-0.5 if config.is_tied else params["logits_kernel"]
+  for num_heads in (1, 2):
+    for found in head_states(config, own, hidden, num_heads):
+      logits = run(params, "logits", found)
+      assert logits.shape == (num_heads, 4, 40)
+      for i in range(num_heads):
+        state = hidden + act(hidden @ own["w1"][i]) @ own["w2"][i]
+        np.testing.assert_allclose(found[i], state, rtol=0, atol=1e-10)
+        np.testing.assert_allclose(logits[i], state @ kernel, rtol=0, atol=1e-10)
+  for number in (2, 3):
+    (alone,) = HEADS.states(config, own, hidden, jnp.int32(number))
+    np.testing.assert_allclose(alone, found[number - 2], rtol=0, atol=1e-12)
 
 
 def test_fresh_heads_repeat_head_1():
   params, run = init_params(T5_1_1, PLACE, jax.random.key(0)), program(T5_1_1)
+  own = HEADS.begin(T5_1_1, PLACE, jax.random.key(0))
+  assert own["w1"].any(axis=(1, 2)).all()
   hidden = np.random.default_rng(3).standard_normal([4, 16]).astype(np.float32)
-  base, heads = run(params, "logits", hidden), run(params, "head_logits", hidden)
-  np.testing.assert_array_equal(heads, np.repeat(np.asarray(base)[:, None], 2, axis=1))
+  base = np.asarray(run(params, "logits", hidden))
+  for found in head_states(T5_1_1, own, hidden, 2):
+    np.testing.assert_array_equal(run(params, "logits", found), np.stack([base, base]))
+
+
+def test_one_head_has_no_parameters():
+  head_1 = Heads(1)
+  assert head_1.begin(T5_1_1, PLACE, jax.random.key(0)) == head_1.abstract(T5_1_1, PLACE) == {}
 
 
 def test_bfloat16_runs_and_keeps_float32_parameters_and_logits(rows):
   config = T5_1_1.replace(dtype="bfloat16")
   params = init_params(config, PLACE, jax.random.key(0))
-  assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+  own = HEADS.begin(config, PLACE, jax.random.key(0))
+  assert {leaf.dtype for leaf in jax.tree.leaves((params, own))} == {jnp.dtype("float32")}
   run, (tokens, mask, targets) = program(config), rows
   logits = run(params, "__call__", tokens, mask, targets)
   assert logits.dtype == jnp.float32
@@ -172,15 +191,15 @@ def test_bfloat16_runs_and_keeps_float32_parameters_and_logits(rows):
   exact = program(T5_1_1)(params, "__call__", tokens, mask, targets)
   assert 0 < np.abs(logits - exact).max() < 0.1
   # Batch 2 takes other products than batch 1.
-  found = Generator(config, params).generate(
+  found = Generator(config, params, own_heads=(HEADS, own)).generate(
       [[5, 6, 7], [8]], max_length=4, batch_size=2, buckets=(8,)
   )
   assert [len(row) for row in found.tokens] == [4, 4]
 
 
-def parameter_table(config):
-  """name -> [shape, dtype, logical axes]."""
-  boxed = jax.eval_shape(lambda: init_boxed(config, PLACE, jax.random.key(0)))
+def parameter_table(init):
+  """name -> [shape, dtype, logical axes] of what a function of a key makes."""
+  boxed = jax.eval_shape(init, jax.random.key(0))
   leaves = jax.tree_util.tree_leaves_with_path(
       boxed, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned)
   )
@@ -192,20 +211,27 @@ def parameter_table(config):
   }
 
 
+def parameter_tables():
+  """Of each model, and of heads behind one."""
+  inits = {
+      name: functools.partial(init_boxed, config, PLACE) for name, config in CONFIGS.items()
+  }
+  inits["heads"] = functools.partial(HEADS.init, T5_1_1)
+  return {name: parameter_table(init) for name, init in inits.items()}
+
+
 def test_parameters_are_those_of_the_golden_file():
   """A change here breaks every checkpoint on disk. To accept one on purpose:
 
   PYTHONPATH=tests python -c "import test_model; test_model.write_golden()"
   """
-  golden = json.loads(GOLDEN.read_text())
-  assert {name: parameter_table(config) for name, config in CONFIGS.items()} == golden
+  assert parameter_tables() == json.loads(GOLDEN.read_text())
 
 
 def write_golden():
-  tables = {name: parameter_table(config) for name, config in CONFIGS.items()}
   models = [
       f'"{model}": {{\n' + ",\n".join(f'"{k}": {json.dumps(v)}' for k, v in table.items()) + "\n}"
-      for model, table in tables.items()
+      for model, table in parameter_tables().items()
   ]
   GOLDEN.parent.mkdir(exist_ok=True)
   GOLDEN.write_text("{\n" + ",\n".join(models) + "\n}\n")
@@ -213,10 +239,18 @@ def write_golden():
 
 @pytest.mark.parametrize(
     "field, value",
-    [("d_model", 0), ("num_heads", 2.0), ("block_size", True), ("activation", "tanh"),
+    [("d_model", 0), ("num_heads", 2.0), ("scan_unroll", True), ("activation", "tanh"),
      ("relpos_buckets", 6), ("relpos_max_distance", 4), ("dropout_rate", 1.0), ("eos_id", 40),
      ("dtype", "int8")],
 )
 def test_config_names_the_field_that_is_wrong(field, value):
   with pytest.raises(InputError, match=rf"ModelConfig\.{field} = .*: allowed is"):
     T5_1_1.replace(**{field: value})
+
+
+@pytest.mark.parametrize("field, value", [
+    ("block_size", True), ("block_size", 0), ("block_size", 2.0), ("d_ff", 0), ("d_ff", False),
+])
+def test_heads_name_the_field_that_is_wrong(field, value):
+  with pytest.raises(InputError, match=rf"^Heads\.{field} = .*: allowed is"):
+    Heads(**{field: value})

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from train_runs import run, write_rows
 
-from bpd_jax import train_addon
+from bpd_jax.addons.folder import save_model_with
+from bpd_jax.addons.heads import Heads
 from bpd_jax.checkpoints import save_model
 from bpd_jax.decoding.search import SearchSettings
 from bpd_jax.errors import InputError
@@ -31,8 +32,9 @@ GIN, LEARNING_GIN = (
 # Few tokens, so that copies are right now and then.
 CONFIG = ModelConfig(
     vocab_size=14, d_model=16, d_ff=16, d_kv=8, num_heads=2, num_encoder_layers=1,
-    num_decoder_layers=1, block_size=2, head_d_ff=8,
+    num_decoder_layers=1,
 )
+HEADS = Heads(2, 8)
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +86,8 @@ def test_the_example_is_evaluated_by_name(copying, tmp_path, capsys):
   vocabulary = tmp_path / "tokenizer_config.json"
   vocabulary.write_text('{"tokenizer_class": "ByT5Tokenizer"}')
   params = init_params(config, single_device(), jax.random.key(5))
-  save_model(tmp_path / "model", config, params, vocabulary)
+  own = HEADS.begin(config, single_device(), jax.random.key(6))
+  save_model_with(tmp_path / "model", config, params, vocabulary, HEADS, own)
   (tmp_path / "rows.jsonl").write_text(json.dumps({"inputs": "one row"}) + "\n")
   # On a row of one's own instead of the shipped ones.
   (tmp_path / "copying.gin").write_text(GIN.replace("evaluate.gin", "evaluate_jsonl.gin"))
@@ -101,7 +104,7 @@ def test_the_example_is_evaluated_by_name(copying, tmp_path, capsys):
 
 def test_the_one_that_learns_is_trained_and_evaluated(tmp_path, monkeypatch, capsys):
   write_rows(tmp_path)
-  config = CONFIG.replace(vocab_size=384, block_size=1)
+  config = CONFIG.replace(vocab_size=384)
   params = init_params(config, single_device(), jax.random.key(5))
   save_model(tmp_path / "model", config, params, tmp_path / "tokenizer_config.json")
   (tmp_path / "turning.py").write_text(LEARNING)
@@ -115,19 +118,19 @@ def test_the_one_that_learns_is_trained_and_evaluated(tmp_path, monkeypatch, cap
   }
   argv = [f"--gin_file={tmp_path}/turning.gin",
           *(f"--gin.{name}={value!r}" for name, value in macros.items())]
-  assert run(argv, train_addon.main) == 0
+  assert run(argv) == 0
   figures = [json.loads(x) for x in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
   losses = [line["train/loss"] for line in figures if "train/loss" in line]
   assert len(losses) == 3 and losses[-1] < losses[0]
   # It is done, and says so again.
-  assert run(argv, train_addon.main) == 0 and "goes on in" in capsys.readouterr().out
-  assert run([*argv, "--gin.SEED=1"], train_addon.main) == 2
+  assert run(argv) == 0 and "goes on in" in capsys.readouterr().out
+  assert run([*argv, "--gin.SEED=1"]) == 2
   assert "seed = 0: allowed is" in capsys.readouterr().err.replace("seed = 1", "seed = 0")
   main([
       "--gin_file=gin/runs/evaluate_jsonl.gin", f"--gin.CHECKPOINT='{tmp_path}/model'",
       f"--gin.ROWS='{tmp_path}/validation.jsonl'", f"--gin.OUTPUT='{tmp_path}/out'",
       "--gin.BATCH_SIZE=4", "--gin.MAX_DECODE_LENGTH=9", "--gin.REPEATS=1",
-      f"--gin.Draft.addon='{tmp_path}/run/addon'", "--gin.evaluate.methods=[@heads/Method()]",
+      f"--gin.ADDON='{tmp_path}/run/addon'", "--gin.evaluate.methods=[@heads/Method()]",
   ])
   methods = json.loads((tmp_path / "out/results.json").read_text())["tasks"]["rows"]["methods"]
   assert methods["blockwise"]["nodes"] == 4 and methods["blockwise"]["identical_to_greedy"] == 1

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec
 import numpy as np
 import pytest
 
+from bpd_jax.addons.heads import Heads
 from bpd_jax.model.config import ModelConfig
 from bpd_jax.model.model import abstract_params, EncoderDecoder, init_params
 from bpd_jax.partitioning import DEFAULT_RULES, make_partitioning, Partitioning, single_device
@@ -20,8 +21,9 @@ from bpd_jax.partitioning import DEFAULT_RULES, make_partitioning, Partitioning,
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ModelConfig(
     vocab_size=64, d_model=16, d_ff=32, d_kv=8, num_heads=4, num_encoder_layers=2,
-    num_decoder_layers=2, block_size=4, head_d_ff=24,
+    num_decoder_layers=2,
 )
+HEADS = Heads(4, 24)
 # Of activations: the axes that each of them is split over.
 SPLIT = {
     ("batch", "length"): ["data", "fsdp"],
@@ -45,7 +47,7 @@ import jax, jax.numpy as jnp, numpy as np
 from bpd_jax.generation import Generator
 from bpd_jax.model.model import abstract_params, EncoderDecoder, init_params
 from bpd_jax.partitioning import make_partitioning, Partitioning
-from test_partitioning import CONFIG, without
+from test_partitioning import CONFIG, HEADS, without
 
 seen = []
 
@@ -69,7 +71,8 @@ out = {}
 logits = jax.jit(forward)(params, tokens)
 out["train"], seen = seen, []
 out["logits"] = logits.sharding.shard_shape(logits.shape)
-Generator(CONFIG, params, place).generate([[5, 6]] * 8, "blockwise", max_length=5)
+heads = HEADS, HEADS.begin(CONFIG, mesh, jax.random.key(0))
+Generator(CONFIG, params, place, own_heads=heads).generate([[5, 6]] * 8, "blockwise", max_length=5)
 out["decode"] = seen
 out["raised"] = []
 for name in ("mlp", "heads", "length"):
@@ -153,7 +156,10 @@ def test_a_stack_traces_its_layer_once_and_lets_it_call_back():
 @pytest.mark.parametrize("name", ["vocab", "joined_kv", "layers", "relpos_buckets", "block"])
 def test_a_parameter_whose_axis_no_rule_knows_raises(name):
   place = Partitioning(single_device().mesh, without(name))
-  for make in (abstract_params, lambda *inputs: init_params(*inputs, jax.random.key(0))):
+  abstract, init = (HEADS.abstract, HEADS.begin) if name == "block" else (
+      abstract_params, init_params
+  )
+  for make in (abstract, lambda *inputs: init(*inputs, jax.random.key(0))):
     with pytest.raises(ValueError, match=f"^logical axis '{name}' in .*known axes are"):
       make(CONFIG, place)
 

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 from train_runs import write_jsonl
 
-from bpd_jax.addons.addon import Addon, init_own, Made
-from bpd_jax.addons.folder import make_addon
+from bpd_jax.addons.addon import Addon, Made, make_addon
 from bpd_jax.data.jsonl import JsonlTask
 from bpd_jax.data.rows import RowsTask
 from bpd_jax.decoding.cache import empty_cache
@@ -29,7 +28,7 @@ from bpd_jax.model.model import decode_view, EncoderDecoder, init_params
 from bpd_jax.model.probes import ProbeSpec
 from bpd_jax.partitioning import single_device
 from bpd_jax.reader import ModelReader
-from bpd_jax.train_addon import train_addon
+from bpd_jax.train import train
 from bpd_jax.training.loop import Schedule
 from bpd_jax.training.objective import Objective
 from bpd_jax.training.optimizer import Optimizer
@@ -157,10 +156,10 @@ class Foresight(Objective):
   texts: str = "references"
   reads_states: bool = False
 
-  def counts(self, batch):
+  def whole(self, addon, batch, key):
     return (batch["decoder_segment_ids"] > 0).sum()
 
-  def loss(self, addon, model, base, own, batch, counts, key):
+  def loss(self, addon, model, base, own, batch, whole, key):
     config = model.config
     view, apply = decode_view(config, base), EncoderDecoder(
         config, model.partitioning, is_view=True
@@ -191,7 +190,7 @@ class Foresight(Objective):
       correct.append((there & (own_logs.argmax(-1) == right)).sum().astype(value.dtype))
       count.append(there.sum().astype(value.dtype))
     sums = {"nll": jnp.stack(nll), "correct": jnp.stack(correct), "count": jnp.stack(count)}
-    return sums["nll"].sum() / counts, sums
+    return sums["nll"].sum() / whole, sums
 
 
 def test_a_drafter_that_says_another_number_of_probes_is_named(model, learned, prompts):
@@ -210,9 +209,10 @@ def test_probes_learn_behind_the_shipped_base(tmp_path):
   rows = RowsTask("grammar", "validation", 24).rows()
   write_jsonl(tmp_path / "rows.jsonl", rows)
   task = JsonlTask("rows", str(tmp_path / "rows.jsonl"), targets="targets")
-  train_addon(
-      str(tmp_path / "run"), str(SHIPPED), Probes(), Foresight(), [task],
-      Schedule(60, log_every=20, save_every=60), batch_size=8, input_length=64,
+  train(
+      str(tmp_path / "run"), [task], Schedule(60, log_every=20, save_every=60),
+      checkpoint=str(SHIPPED), addon=Probes(), objective=Foresight(), batch_size=8,
+      input_length=64,
       # Residual streams are as large as they are, and what is added to them has to be.
       target_length=32, num_microbatches=2, optimizer=Optimizer("adamw", 10.0, "constant", 5),
   )
@@ -227,8 +227,8 @@ def test_probes_learn_behind_the_shipped_base(tmp_path):
   method = Draft(addon=str(tmp_path / "run/addon")).make(base)
   live = base.generate(prompts, method, **options)
   assert [row.tolist() for row in live.tokens] == [row.tolist() for row in greedy.tokens]
-  fresh = make_addon(Probes(), init_own(
-      Probes(), base.config, base.partitioning, jax.random.key(0)), base).drafting
+  own = Probes().begin(base.config, base.partitioning, jax.random.key(0))
+  fresh = make_addon(Probes(), own, base).drafting
   before = base.generate(prompts, fresh, **options)
   assert sum(live.calls) < 0.95 * sum(before.calls)
   again = replay(base, record(base, prompts, greedy, 32), method, batch_size=8)

@@ -10,6 +10,7 @@ import jax
 import orbax.checkpoint as ocp
 import pytest
 
+from bpd_jax.addons.heads import Heads
 from bpd_jax.data.rows import load_rows, TASKS, VOCABULARY_FILE
 from bpd_jax.data.token_cache import write_cache
 from bpd_jax.folders import read_object
@@ -22,7 +23,7 @@ TINY = {
     "BATCH_SIZE": 8, "MICROBATCHES": 1, "INPUT_LENGTH": 256, "NUM_DECODED": 1,
     "ModelConfig.d_model": 16, "ModelConfig.d_ff": 16, "ModelConfig.d_kv": 8,
     "ModelConfig.num_heads": 2, "ModelConfig.num_encoder_layers": 1,
-    "ModelConfig.num_decoder_layers": 1, "ModelConfig.head_d_ff": 16,
+    "ModelConfig.num_decoder_layers": 1, "Heads.d_ff": 16,
     "Validation.max_examples": 8,
 }
 
@@ -59,17 +60,19 @@ def test_one_command_from_caches_to_the_copy(tmp_path, file):
   assert not (folder / "recipe.json").exists()
   out = run()
   assert list(read_object(folder / "recipe.json")) == ["grow", "settle", "heads"]
-  assert f"{folder}/grow/model: base model matched; parallel heads: 8 matched, 0 new" in out
+  for stage in ("grow", "settle"):
+    assert f"heads: from {folder}/{stage}/model" in out
   lines = [
       json.loads(line) for line in (folder / "learning_curves.jsonl").read_text().splitlines()
   ]
   last = {line["run"]: line["step"] for line in lines}
   assert last == {"grow": 4, "settle": 30, "heads": 110}
   model = load(folder / "shipped")
-  assert model.config.block_size == 9 and model.config.dtype == "float32"
-  with ocp.StandardCheckpointer() as checkpointer:
-    stored = checkpointer.metadata(folder / "shipped/params").item_metadata.tree
-  assert {str(leaf.dtype) for leaf in jax.tree.leaves(stored)} == {"bfloat16"}
+  assert model.own_heads[0] == Heads(9, 16) and model.config.dtype == "float32"
+  for part in ("params", "addons/heads/params"):
+    with ocp.StandardCheckpointer() as checkpointer:
+      stored = checkpointer.metadata(folder / "shipped" / part).item_metadata.tree
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(stored)} == {"bfloat16"}, part
   assert model.generate([load_rows("grammar")[0]["inputs"]], max_length=4).block_efficiency >= 1
   # All is done: nothing is trained again.
   assert "new run in" not in run() and "goes on in" not in run()

@@ -12,6 +12,7 @@ from test_rescored_model import (  # noqa: F401
   base,
   CONFIG,
   greedy,
+  HEADS,
   MAX_LENGTH,
   OPTIONS,
   random_generator,
@@ -93,7 +94,7 @@ def test_a_recording_is_read_back_by_its_own_model_alone(base, recording, tmp_pa
   again = load_recording(path, base)
   np.testing.assert_array_equal(again.hidden, recording.hidden[:5])
   with jax.enable_x64(True):
-    other = random_generator(CONFIG, 1)
+    other = random_generator(CONFIG, 1, HEADS)
     with pytest.raises(InputError, match="recording = .* of checkpoint .*: allowed is one of"):
       load_recording(path, other)
   path.write_bytes(b"no")

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bpd_jax.addons.heads import Heads
 from bpd_jax.decoding.loop import empty_step
 from bpd_jax.decoding.rescoring import Scoring
 from bpd_jax.decoding.scorers.cache_ngram import CacheNgramScorer
@@ -29,27 +30,28 @@ from bpd_jax.reader import ModelReader
 VOCAB, H, MAX_LENGTH = 24, 5, 20
 CONFIG = ModelConfig(
     vocab_size=VOCAB, d_model=16, d_ff=24, d_kv=8, num_heads=2, num_encoder_layers=1,
-    num_decoder_layers=2, block_size=H, head_d_ff=16, dtype="float64", param_dtype="float64",
-    accum_dtype="float64",
+    num_decoder_layers=2, dtype="float64", param_dtype="float64", accum_dtype="float64",
 )
-SMALL = dataclasses.replace(CONFIG, d_model=8, num_decoder_layers=1, block_size=1)
+HEADS = Heads(H, 16)
+SMALL = dataclasses.replace(CONFIG, d_model=8, num_decoder_layers=1)
 OPTIONS = {"max_length": MAX_LENGTH, "batch_size": 8, "buckets": (16,)}
 
 
-def random_generator(config, seed):
+def random_generator(config, seed, heads=Heads(1)):
   params = init_params(config, single_device(), jax.random.key(seed))
+  own = heads.begin(config, single_device(), jax.random.key(seed))
   # Fresh heads repeat head 1; these have opinions.
-  if config.block_size > 1:
-    w2 = params["heads"]["w2"]
-    params["heads"]["w2"] = 0.5 * jax.random.normal(jax.random.key(seed + 1), w2.shape, w2.dtype)
+  if heads.block_size > 1:
+    w2 = own["w2"]
+    own["w2"] = 0.5 * jax.random.normal(jax.random.key(seed + 1), w2.shape, w2.dtype)
   params["logits_kernel"] = 3 * params["logits_kernel"]
-  return Generator(config, params)
+  return Generator(config, params, own_heads=(heads, own))
 
 
 @pytest.fixture(scope="module")
 def base():
   with jax.enable_x64(True):
-    yield random_generator(CONFIG, 0)
+    yield random_generator(CONFIG, 0, HEADS)
 
 
 @pytest.fixture(scope="module")

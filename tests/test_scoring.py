@@ -16,6 +16,8 @@ import json, sys
 import jax
 jax.config.update("jax_enable_x64", True)
 import numpy as np
+from bpd_jax.addons.folder import save_model_with
+from bpd_jax.addons.heads import Heads
 from bpd_jax.checkpoints import save_model
 from bpd_jax.decoding.rescoring import Scoring
 from bpd_jax.decoding.scorers.ngram import ngram_params, NgramScorer
@@ -34,13 +36,15 @@ from bpd_jax.partitioning import make_partitioning, single_device
 folder = sys.argv[1]
 config = ModelConfig(
     vocab_size=48, d_model=16, d_ff=32, d_kv=8, num_heads=2, num_encoder_layers=1,
-    num_decoder_layers=1, block_size=4, head_d_ff=16).with_dtype("float64")
+    num_decoder_layers=1).with_dtype("float64")
+heads = Heads(4, 16)
 # Of sizes that don't divide over the mesh.
-small = config.replace(d_model=9, d_ff=7, num_heads=3, block_size=1)
+small = config.replace(d_model=9, d_ff=7, num_heads=3)
 make = lambda config, seed: init_params(config, single_device(), jax.random.key(seed))
 params = make(config, 0)
-params["heads"]["w2"] = jax.random.normal(jax.random.key(1), params["heads"]["w2"].shape) / 8
-save_model(folder + "/base", config, params)
+own = heads.begin(config, single_device(), jax.random.key(2))
+own["w2"] = jax.random.normal(jax.random.key(1), own["w2"].shape) / 8
+save_model_with(folder + "/base", config, params, None, heads, own)
 save_model(folder + "/small", small, make(small, 7))
 mesh = make_partitioning(data=2, fsdp=2, model=2)
 one, many = load(folder + "/base"), load(folder + "/base", partitioning=mesh)

@@ -1,5 +1,6 @@
-"""The training step: its loss against a plain one, modes, accumulation, packing, devices."""
+"""The training step: its loss against a plain one, frozen bases, accumulation, packing, devices."""
 
+import dataclasses
 import functools
 import json
 import subprocess
@@ -12,7 +13,9 @@ import numpy as np
 import optax
 import pytest
 
+from bpd_jax.addons.heads import Heads, HeadsReader
 from bpd_jax.data.batches import assemble
+from bpd_jax.decoding.types import Params
 from bpd_jax.errors import InputError
 from bpd_jax.model.config import ModelConfig
 from bpd_jax.model.model import EncoderDecoder, init_params
@@ -25,23 +28,27 @@ from bpd_jax.training.loss import (
     repetitions,
     unlikelihood,
 )
+from bpd_jax.training.objective import decoder_states, TEXTS
 from bpd_jax.training.optimizer import Optimizer
 from bpd_jax.training.step import place_batch, Step
 
 CONFIG = ModelConfig(
     vocab_size=40, d_model=16, d_ff=24, d_kv=8, num_heads=2, num_encoder_layers=2,
-    num_decoder_layers=2, block_size=3, head_d_ff=12,
+    num_decoder_layers=2,
 )
+HEADS = Heads(3, 12)
 PLAIN = Optimizer("adamw", 1e-2, "constant", 0)
+JOINT = Loss(trains_base=True)
 
 
-def random_params(config, seed=0):
-  """Parameters whose heads aren't copies of head 1."""
-  params = init_params(config, single_device(), jax.random.key(seed))
-  if config.block_size > 1:
-    shape = params["heads"]["w2"].shape
-    params["heads"]["w2"] = 0.3 * jax.random.normal(jax.random.key(1), shape, config.param_dtype)
-  return params
+def random_params(config, heads=HEADS, seed=0):
+  """Base and heads that aren't copies of head 1."""
+  base = init_params(config, single_device(), jax.random.key(seed))
+  own = heads.begin(config, single_device(), jax.random.key(seed))
+  if own:
+    shape = own["w2"].shape
+    own["w2"] = 0.3 * jax.random.normal(jax.random.key(1), shape, config.param_dtype)
+  return {"base": base, "own": own}
 
 
 def random_batch(rows, lengths=(9, 7), seed=0, segments=1, vocab_size=40):
@@ -59,28 +66,31 @@ def random_batch(rows, lengths=(9, 7), seed=0, segments=1, vocab_size=40):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def decoder_states(config, params, batch):
+def plain_states(config, base, batch):
   """[batch, length, d_model], by the model's public methods."""
-  apply = functools.partial(EncoderDecoder(config, single_device()).apply, {"params": params})
+  apply = functools.partial(EncoderDecoder(config, single_device()).apply, {"params": base})
   mask = batch["encoder_segment_ids"] > 0
   encoded = apply(batch["encoder_input_tokens"], mask, method="encode")
   return apply(encoded, mask, batch["decoder_input_tokens"], method="decode")
 
 
-def plain_loss(config, params, batch, loss):
-  """The loss by the model's public methods and Python loops over unpacked rows."""
-  hidden = decoder_states(config, params, batch)
-  apply = functools.partial(EncoderDecoder(config, single_device()).apply, {"params": params})
-  logits = apply(hidden, method="logits")[:, :, None]
-  if config.block_size > 1:
-    logits = jnp.concatenate([logits, apply(hidden, method="head_logits")], axis=2)
+def plain_loss(config, params, batch, loss, heads=HEADS):
+  """The loss by what decodes and Python loops over unpacked rows."""
+  model = EncoderDecoder(config, single_device())
+  hidden = plain_states(config, params["base"], batch)
+  states = hidden[:, :, None]
+  if heads.block_size > 1:
+    view = Params((), heads.view(params["own"]))
+    others = HeadsReader(model).head_states(view, hidden, heads.block_size - 1)
+    states = jnp.concatenate([states, others], axis=2)
+  logits = model.apply({"params": params["base"]}, states, method="logits")
   log_probs = jax.nn.log_softmax(logits)
   log_z = jax.nn.logsumexp(logits, axis=-1)
   vocab, label_smoothing = config.vocab_size, loss.label_smoothing
   # What each head should say, nothing where no token is, and what head 1 shouldn't.
   wanted, unwanted = np.zeros(logits.shape), np.zeros(logits.shape)
   lengths = (batch["decoder_segment_ids"] > 0).sum(axis=1)
-  for i in range(config.block_size):
+  for i in range(heads.block_size):
     for row, length in enumerate(lengths):
       targets = batch["decoder_target_tokens"][row].tolist()
       for t in range(length - i):
@@ -91,20 +101,20 @@ def plain_loss(config, params, batch, loss):
   losses = -wanted * log_probs + wanted * np.log(np.where(wanted > 0, wanted, 1))
   losses -= loss.unlikelihood * unwanted * jnp.log1p(-jnp.exp(log_probs))
   is_counted = wanted.any(axis=-1)
-  heads = jnp.sum(losses, axis=-1) + loss.z_loss * is_counted * log_z**2
-  means = jnp.sum(heads, axis=(0, 1)) / is_counted.sum(axis=(0, 1))
-  return jnp.sum(np.array(loss.weights(config.block_size)) * means)
+  values = jnp.sum(losses, axis=-1) + loss.z_loss * is_counted * log_z**2
+  means = jnp.sum(values, axis=(0, 1)) / is_counted.sum(axis=(0, 1))
+  return jnp.sum(np.array(loss.weights(heads.block_size)) * means)
 
 
 @functools.cache
-def compiled(config, loss=Loss(), mode="joint", num_microbatches=1):
+def compiled(config, loss=JOINT, heads=HEADS, num_microbatches=1):
   """A step, and its jitted gradients."""
-  step = Step(config, single_device(), PLAIN, loss, mode=mode, num_microbatches=num_microbatches)
+  step = Step(config, single_device(), PLAIN, loss, heads, num_microbatches=num_microbatches)
   return step, jax.jit(step.gradients)
 
 
-def gradients(config, params, batch, key=jax.random.key(0), **options):
-  return compiled(config, **options)[1](params, batch, key)
+def gradients(config, params, batch, key=jax.random.key(0), base=None, **options):
+  return compiled(config, **options)[1](params, batch, key, base)
 
 
 def largest_difference(a, b):
@@ -117,18 +127,18 @@ def float64():
     yield
 
 
-@pytest.mark.parametrize("fields, loss", [
-    ({}, Loss()),
-    ({"is_tied": True, "is_gated": False, "activation": "relu"},
-     Loss((1.0, 0.5, 0.0), label_smoothing=0.1, z_loss=1e-2)),
-    ({"block_size": 1}, Loss(unlikelihood=0.7)),
+@pytest.mark.parametrize("fields, heads, loss", [
+    ({}, HEADS, JOINT),
+    ({"is_tied": True, "is_gated": False, "activation": "relu"}, HEADS,
+     Loss(True, head_weights=(1.0, 0.5, 0.0), label_smoothing=0.1, z_loss=1e-2)),
+    ({}, Heads(1), Loss(True, unlikelihood=0.7)),
 ])
-def test_loss_and_gradients_are_the_plain_ones(fields, loss):
+def test_loss_and_gradients_are_the_plain_ones(fields, heads, loss):
   config = CONFIG.replace(**fields).with_dtype("float64")
-  params, batch = random_params(config), random_batch(4, vocab_size=6)
-  grads, metrics = gradients(config, params, batch, loss=loss)
+  params, batch = random_params(config, heads), random_batch(4, vocab_size=6)
+  grads, metrics = gradients(config, params, batch, loss=loss, heads=heads)
   value, expected = jax.jit(
-      jax.value_and_grad(lambda params: plain_loss(config, params, batch, loss))
+      jax.value_and_grad(lambda params: plain_loss(config, params, batch, loss, heads))
   )(params)
   np.testing.assert_allclose(metrics["loss"], value, rtol=1e-12)
   assert largest_difference(grads, expected) < 1e-12
@@ -171,7 +181,7 @@ def test_in_own_outputs_only_ends_of_repeated_3_grams_are_repetitions():
 
 def test_of_own_outputs_only_repetitions_count():
   config = CONFIG.with_dtype("float64")
-  params, loss = random_params(config), Loss(unlikelihood=0.7)
+  params, loss = random_params(config), Loss(True, unlikelihood=0.7)
   batch = random_batch(4, vocab_size=4, lengths=(9, 30))
   is_output = np.arange(4)[:, None] > 1
   mixed = {**batch, "decoder_output_mask": np.broadcast_to(is_output, (4, 30))}
@@ -180,8 +190,9 @@ def test_of_own_outputs_only_repetitions_count():
 
   def plain(params):
     model, rest = EncoderDecoder(config, single_device()), slice(2, None)
-    hidden = decoder_states(config, params, {name: rows[rest] for name, rows in batch.items()})
-    log_probs = jax.nn.log_softmax(model.apply({"params": params}, hidden, method="logits"))
+    base, outputs = params["base"], {name: rows[rest] for name, rows in batch.items()}
+    hidden = plain_states(config, base, outputs)
+    log_probs = jax.nn.log_softmax(model.apply({"params": base}, hidden, method="logits"))
     ends = np.zeros(log_probs.shape)
     for row, tokens in enumerate(batch["decoder_target_tokens"][rest].tolist()):
       for t in range(2, (batch["decoder_segment_ids"][2 + row] > 0).sum()):
@@ -231,7 +242,7 @@ def test_packed_rows_give_what_their_examples_give_apart():
           pick("encoder", "encoder_input_tokens"), pick("decoder", "decoder_target_tokens")
       )])
   apart = assemble(examples, 30, 24)
-  loss = Loss(unlikelihood=1.0)
+  loss = Loss(True, unlikelihood=1.0)
   grads, metrics = gradients(config, params, packed, loss=loss)
   expected, expected_metrics = gradients(config, params, apart, loss=loss)
   assert largest_difference(metrics, expected_metrics) < 1e-11
@@ -255,8 +266,8 @@ def test_metrics_count_what_heads_get_right():
   config = CONFIG.with_dtype("float64")
   params, batch = random_params(config), random_batch(4)
   logits = jax.jit(EncoderDecoder(config, single_device()).apply)(
-      {"params": params}, batch["encoder_input_tokens"], batch["encoder_segment_ids"] > 0,
-      batch["decoder_input_tokens"],
+      {"params": params["base"]}, batch["encoder_input_tokens"],
+      batch["encoder_segment_ids"] > 0, batch["decoder_input_tokens"],
   )
   # What the model says, in two rows.
   batch["decoder_target_tokens"][:2] = np.argmax(logits[:2], axis=-1)
@@ -276,51 +287,66 @@ def test_metrics_count_what_heads_get_right():
   )
 
 
-def train(step, params, batch, num_steps):
+def train(step, params, batch, num_steps, base=None):
   state = step.init(params)
   for _ in range(num_steps):
-    state, metrics = step(state, batch, jax.random.key(0))
+    state, metrics = step(state, batch, jax.random.key(0), base)
   return state, metrics
 
 
-@pytest.mark.parametrize("mode", ["heads_only", "distill"])
-def test_a_frozen_base_stays_bit_for_bit(mode):
+@pytest.mark.parametrize("texts", TEXTS)
+def test_a_frozen_base_stays_bit_for_bit(texts):
   config = CONFIG.replace(dropout_rate=0.5)
+  optimizer = Optimizer("adamw", 1e-2, "constant", 0, weight_decay=0.1)
   with jax.enable_x64(False):
     params = random_params(config)
-    before = jax.tree.map(np.array, params)
-    state, _ = train(
-        Step(config, single_device(), Optimizer("adamw", 1e-2, "constant", 0, weight_decay=0.1),
-             mode=mode),
-        params, random_batch(4), 3,
-    )
-  for name, part in state.params.items():
-    same = jax.tree.map(lambda x, y: bool((np.array(x) == y).all()), part, before[name])
-    assert all(jax.tree.leaves(same)) == (name != "heads"), name
-    assert not any(jax.tree.leaves(same)) or name != "heads"
+    before, base = jax.tree.map(np.array, params), params.pop("base")
+    step = Step(config, single_device(), optimizer, Loss(texts=texts), HEADS)
+    state, _ = train(step, params, random_batch(4), 3, base)
+  same = lambda x, y: jax.tree.leaves(jax.tree.map(lambda x, y: bool((x == y).all()), x, y))
+  assert all(same(base, before["base"]))
+  assert set(state.params) == {"own"} and not any(same(state.params["own"], before["own"]))
 
 
 def test_heads_learn_the_same_from_cached_states():
   config = CONFIG.with_dtype("float64")
   params, batch = random_params(config), random_batch(4)
-  hidden = decoder_states(config, params, batch)
+  base = params.pop("base")
+  hidden = decoder_states(EncoderDecoder(config, single_device()), base, batch)
+  different = jnp.abs(hidden - plain_states(config, base, batch))
+  assert different[batch["decoder_segment_ids"] > 0].max() < 1e-12
   states = {name: x for name, x in batch.items() if not name.startswith("encoder")}
-  grads, _ = gradients(config, params, batch, mode="heads_only")
-  cached, _ = gradients(config, params, {**states, "hidden": hidden}, mode="heads_only")
-  assert set(grads) == {"heads"}
+  grads, _ = gradients(config, params, batch, base=base, loss=Loss())
+  cached, _ = gradients(config, params, {**states, "hidden": hidden}, base=base, loss=Loss())
+  assert set(grads) == {"own"}
   assert largest_difference(grads, cached) < 1e-13
+
+
+def test_heads_behind_a_frozen_base_learn_as_with_one_that_learns():
+  config = CONFIG.with_dtype("float64")
+  params, batch = random_params(config), random_batch(4)
+  joint, metrics = gradients(config, params, batch)
+  base = params.pop("base")
+  grads, frozen = gradients(config, params, batch, base=base, loss=Loss())
+  assert largest_difference(grads, {"own": joint["own"]}) < 1e-13
+  assert largest_difference(metrics, frozen) < 1e-12
+  assert largest_difference(
+      compiled(config, loss=Loss())[0].measure(params, batch, base),
+      compiled(config)[0].measure({"base": base, **params}, batch),
+  ) < 1e-12
 
 
 def test_one_random_head_has_the_gradient_of_all_on_average():
   config = CONFIG.with_dtype("float64")
   params, batch = random_params(config), random_batch(4)
   weights = (1.0, 0.7, 0.3)
-  everything, _ = gradients(config, params, batch, loss=Loss(weights))
+  loss = Loss(True, head_weights=weights, one_random_head=True)
+  everything, _ = gradients(
+      config, params, batch, loss=dataclasses.replace(loss, one_random_head=False)
+  )
   by_head = {}
   for seed in range(40):
-    grads, metrics = gradients(
-        config, params, batch, jax.random.key(seed), loss=Loss(weights, one_random_head=True)
-    )
+    grads, metrics = gradients(config, params, batch, jax.random.key(seed), loss=loss)
     (head,) = np.flatnonzero(metrics["count"])
     by_head[int(head)] = grads
   assert sorted(by_head) == [0, 1, 2]
@@ -332,8 +358,10 @@ def test_parallel_heads_learn_on_positions_that_are_drawn():
   config = CONFIG.with_dtype("float64")
   params, batch = random_params(config), random_batch(4)
   weights, stride = (1.0, 0.7, 0.3), 3
-  _, everything = gradients(config, params, batch, loss=Loss(weights))
-  loss, by_offset = Loss(weights, draft_stride=stride), {}
+  loss, by_offset = Loss(True, head_weights=weights, draft_stride=stride), {}
+  _, everything = gradients(
+      config, params, batch, loss=dataclasses.replace(loss, draft_stride=1)
+  )
   for seed in range(8):
     grads, metrics = gradients(config, params, batch, jax.random.key(seed), loss=loss)
     halves, _ = gradients(
@@ -348,10 +376,10 @@ def test_parallel_heads_learn_on_positions_that_are_drawn():
     total = sum(metrics[name] for metrics in by_offset.values())
     np.testing.assert_allclose(total, everything[name] * np.array([stride, 1, 1]), rtol=1e-12)
   # A model without parallel heads has nothing to thin out.
-  alone = config.replace(block_size=1)
-  params = random_params(alone)
-  thinned, _ = gradients(alone, params, batch, loss=Loss(draft_stride=stride))
-  assert largest_difference(thinned, gradients(alone, params, batch)[0]) == 0
+  alone = {"heads": Heads(1)}
+  params = random_params(config, **alone)
+  thinned, _ = gradients(config, params, batch, loss=Loss(True, draft_stride=stride), **alone)
+  assert largest_difference(thinned, gradients(config, params, batch, **alone)[0]) == 0
 
 
 def test_dropout_is_drawn_from_the_key():
@@ -365,7 +393,7 @@ def test_dropout_is_drawn_from_the_key():
 
 def test_the_average_follows_the_parameters():
   config = CONFIG.with_dtype("float64")
-  step = Step(config, single_device(), PLAIN, average_decay=0.9)
+  step = Step(config, single_device(), PLAIN, JOINT, HEADS, average_decay=0.9)
   params = random_params(config)
   start = jax.tree.map(np.array, params)
   state, batch = step.init(params), random_batch(4)
@@ -383,7 +411,7 @@ def test_the_average_follows_the_parameters():
 ])
 def test_a_batch_is_learned_by_heart(optimizer):
   with jax.enable_x64(False):
-    step = Step(CONFIG, single_device(), optimizer)
+    step = Step(CONFIG, single_device(), optimizer, JOINT, HEADS)
     state, metrics = train(step, random_params(CONFIG), random_batch(4), 150)
   assert int(state.step) == 150
   assert (metrics["correct"] / metrics["count"] > 0.9).all()
@@ -434,21 +462,29 @@ def test_muon_moves_everything_by_its_share_and_kernels_in_all_directions():
     (lambda: Loss(label_smoothing=1), "Loss.label_smoothing"),
     (lambda: Loss(unlikelihood=-1), "Loss.unlikelihood"),
     (lambda: Loss(unlikelihood=1, one_random_head=True), "Loss.unlikelihood"),
-    (lambda: Step(CONFIG, single_device(), PLAIN, Loss((1.0,))), "Loss.head_weights"),
-    (lambda: Step(CONFIG, single_device(), PLAIN, mode="frozen"), "mode"),
-    (lambda: Step(CONFIG.replace(block_size=1), single_device(), PLAIN, mode="distill"),
-     "block_size"),
-    (lambda: Step(CONFIG, single_device(), PLAIN, average_decay=1), "average_decay"),
+    (lambda: Loss(texts="both"), r"Loss\.texts = 'both': allowed is one of \('references', 'outp"),
+    (lambda: Loss(True, "outputs"), r"Loss\.texts = 'outputs': allowed is references where"),
+    (lambda: make_step(loss=Loss(head_weights=(1.0,))), "Loss.head_weights"),
+    (lambda: make_step(Heads(1), Loss(texts="outputs")),
+     r"Heads\.block_size = 1: allowed is 2 or more behind a frozen base"),
+    (lambda: make_step(CONFIG), "objective = 'Loss': allowed is one that trains ModelConfig"),
+    (lambda: make_step(average_decay=1), "average_decay"),
+    (lambda: make_step(num_microbatches=0), "num_microbatches"),
 ])
 def test_bad_arguments_are_named(make, message):
   with pytest.raises(InputError, match=message):
     make()
 
 
+def make_step(heads=HEADS, loss=JOINT, **options):
+  return Step(CONFIG, single_device(), PLAIN, loss, heads, **options)
+
+
 SHARDED = ModelConfig(
     vocab_size=512, d_model=256, d_ff=256, d_kv=32, num_heads=8, num_encoder_layers=2,
-    num_decoder_layers=2, block_size=3, head_d_ff=256,
+    num_decoder_layers=2,
 )
+SHARDED_HEADS = Heads(3, 256)
 OPTIMIZERS = {
     "adafactor": Optimizer(warmup_steps=1, weight_decay=0.01),
     "adamw": Optimizer("adamw", 1e-2, "cosine", 1, 10, weight_decay=0.01),
@@ -467,9 +503,11 @@ def sharded_report():
   for where, place in places.items():
     batch = place_batch(place, random_batch(8))
     for name, optimizer in OPTIMIZERS.items():
-      step = Step(config, place, optimizer, num_microbatches=2, average_decay=0.9)
+      step = Step(
+          config, place, optimizer, JOINT, SHARDED_HEADS, num_microbatches=2, average_decay=0.9
+      )
       shardings = jax.tree.map(lambda leaf: leaf.sharding, step.abstract_state)
-      params = jax.device_put(random_params(config), shardings.params)
+      params = jax.device_put(random_params(config, SHARDED_HEADS), shardings.params)
       if (where, "gradients") not in results:
         program = jax.jit(step.gradients).lower(params, batch, jax.random.key(0)).compile()
         results[where, "gradients"] = jax.device_get(program(params, batch, jax.random.key(0)))

@@ -209,7 +209,7 @@ def test_what_a_finished_run_needs_is_not_made_again(rows, whole, tmp_path, monk
   shutil.copytree(whole, tmp_path / "run")
   times = {path: path.stat().st_mtime_ns for path in (tmp_path / "run/tasks").rglob("*")}
   forbidden = lambda *args, **kwargs: pytest.fail("not needed")
-  for name in ("data.jsonl.JsonlTask.rows", "train.init_params", "train.start_from"):
+  for name in ("data.jsonl.JsonlTask.rows", "train.init_params", "train.begin_addon"):
     monkeypatch.setattr(f"bpd_jax.{name}", forbidden)
   argv = arguments(rows, tmp_path / "run", STEPS=STEPS + 1, **WHOLE)
   assert run(argv) == 0
@@ -321,7 +321,8 @@ def test_a_loss_of_nan_ends_with_status_1(rows, whole, tmp_path, capsys, monkeyp
     ({"DROPOUT_RATE": 0.2}, r"model\.dropout_rate = 0\.2: allowed is 0\.1"),
     ({"BATCH_SIZE": 8}, "batch_size = 8: allowed is 4"),
     ({"Optimizer__b1": 0.5}, r"optimizer\.b1 = 0\.5: allowed is 0\.9"),
-    ({"Loss__head_weights": (1, 1, 0)}, r"loss\.head_weights = \[1, 1, 0\]: allowed is None"),
+    ({"Loss__head_weights": (1, 1, 0)}, r"objective\.head_weights = \[1, 1, 0\]: allowed is None"),
+    ({"BLOCK_SIZE": 2}, r"addon\.block_size = 2: allowed is 3"),
     ({"SEED": 1}, "seed = 1: allowed is 0"),
     ({"INPUTS": "targets"}, r"tasks = \['\w{16}'\]: allowed is \['\w{16}'\]"),
 ])

@@ -45,9 +45,21 @@ VALUES = {
         ["--gin.TRAIN_TASKS=[@NoTask()]"], "gin = 'TRAIN_TASKS = .*No configurable matching"),
     "a required macro": (
         ["--gin.STEPS=%gin.REQUIRED"], "gin macro STEPS = 'required': allowed is a value: --g"),
-    "another mode": (["--gin.train.mode='both'"], r"train\.mode = 'both': allowed is one of \("),
-    "a mode that needs a checkpoint": (
-        ["--gin.train.mode='distill'"], r"train\.checkpoint = None: allowed is a model folder in"),
+    "other texts": (
+        ["--gin.Loss.texts='both'"], r"Loss\.texts = 'both': allowed is one of \('references', '"),
+    "outputs of a base that changes": (
+        ["--gin.Loss.texts='outputs'"], r"Loss\.texts = 'outputs': allowed is references where"),
+    "a frozen base from scratch": (
+        ["--gin.Loss.trains_base=False"],
+        r"train\.checkpoint = None: allowed is a model folder, where the base isn't trained or"),
+    "no add-on": (
+        ["--gin.train.addon=None"], r"train\.addon = None: allowed is of a class derived from Ad"),
+    "nothing to minimise": (
+        ["--gin.train.objective=None"], r"train\.objective = None: allowed is of a class derived"),
+    "no head at all": (
+        ["--gin.BLOCK_SIZE=0"], r"Heads\.block_size = 0: allowed is a positive integer"),
+    "heads of no width": (
+        ["--gin.Heads.d_ff=0"], r"Heads\.d_ff = 0: allowed is a positive integer"),
     "both ways to start": (
         ["--gin.train.checkpoint='x'"], r"train\.config = 'both': allowed is a config, or else"),
     "no rows in a batch": (["--gin.BATCH_SIZE=0"], r"train\.batch_size = 0: allowed is a positive"),
@@ -143,8 +155,9 @@ def test_a_row_that_has_no_ids_leaves_the_folder_unclaimed(rows, tmp_path, capsy
 def test_shapes_that_a_mesh_cannot_split_leave_the_folder_unclaimed(rows, tmp_path):
   """601 pieces or 3 heads over two devices, found before anything is compiled."""
   cases = {
-      ("VOCAB_SIZE", 261): "embedding shape = (261, 16): allowed is multiples of 2 on the mesh",
-      ("ModelConfig.num_heads", 3): "decoder/relpos_bias/rel_embedding shape = (3, 32): allowed is",
+      ("VOCAB_SIZE", 261): "base/embedding shape = (261, 16): allowed is multiples of 2 on the m",
+      ("ModelConfig.num_heads", 3): "base/decoder/relpos_bias/rel_embedding shape = (3, 32): allo",
+      ("Heads.d_ff", 15): "own/w1 shape = (2, 16, 15): allowed is multiples of 2 on the mesh",
   }
   for (name, value), message in cases.items():
     argv = joint(rows, tmp_path / "run", MODEL_PARALLEL=2, **{name: value})

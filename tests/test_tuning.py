@@ -15,11 +15,14 @@ from test_rescored_model import (  # noqa: F401
   base,
   CONFIG,
   greedy,
+  HEADS,
   MAX_LENGTH,
   prompts,
   SMALL,
 )
 
+from bpd_jax.addons.folder import save_model_with
+from bpd_jax.addons.heads import Heads
 from bpd_jax.checkpoints import save_model
 from bpd_jax.data.jsonl import JsonlTask
 from bpd_jax.decoding.rescoring import Scoring
@@ -109,16 +112,15 @@ def folders(tmp_path_factory):
   vocabulary = root / "tokenizer_config.json"
   vocabulary.write_text('{"tokenizer_class": "ByT5Tokenizer"}')
   rng = np.random.default_rng(0)
-  for name, config in (("base", CONFIG), ("small", SMALL)):
+  for name, config, heads in (("base", CONFIG, HEADS), ("small", SMALL, Heads(1))):
     config = dataclasses.replace(
         config, vocab_size=384, dtype="float32", param_dtype="float32", accum_dtype="float32"
     )
     params = init_params(config, single_device(), jax.random.key(3))
-    if config.block_size > 1:
-      params["heads"]["w2"] = 0.3 * jax.random.normal(
-          jax.random.key(1), params["heads"]["w2"].shape
-      )
-    save_model(root / name, config, params, vocabulary)
+    own = heads.begin(config, single_device(), jax.random.key(4))
+    if heads.block_size > 1:
+      own["w2"] = 0.3 * jax.random.normal(jax.random.key(1), own["w2"].shape)
+    save_model_with(root / name, config, params, vocabulary, heads, own)
   rows = [rng.integers(3, 200, 20) for _ in range(50)]
   model = kneser_ney(count_grams(join_sequences(rows, 384), 4, 384), (1,) * 4)
   write_arpa(root / "four.arpa", model, {})
@@ -306,7 +308,7 @@ def test_files_that_are_not_this_models(folders, tmp_path):
     load_scoring((NgramSource(str(folders / "four.arpa"), 5),), model)
   config = ModelConfig(
       vocab_size=400, d_model=8, d_ff=8, d_kv=8, num_heads=1, num_encoder_layers=1,
-      num_decoder_layers=1, block_size=1,
+      num_decoder_layers=1,
   )
   save_model(
       tmp_path / "other", config, init_params(config, single_device(), jax.random.key(0)),

@@ -8,7 +8,8 @@ import pytest
 import sentencepiece
 
 import bpd_jax
-from bpd_jax.checkpoints import save_model
+from bpd_jax.addons.folder import save_model_with
+from bpd_jax.addons.heads import Heads
 from bpd_jax.decoding.drafters.reference import ReferenceDrafter
 from bpd_jax.errors import InputError
 from bpd_jax.evaluation.scoring import NgramSource
@@ -25,8 +26,9 @@ from bpd_jax.vocabulary import (
 
 CONFIG = ModelConfig(
     vocab_size=384, d_model=16, d_ff=32, d_kv=8, num_heads=2, num_encoder_layers=2,
-    num_decoder_layers=2, block_size=3, head_d_ff=16,
+    num_decoder_layers=2,
 )
+HEADS = Heads(3, 16)
 
 
 @pytest.fixture(scope="module")
@@ -108,10 +110,13 @@ def test_other_tokenizer_configurations_are_no_vocabulary(tmp_path, byte_file):
 @pytest.mark.parametrize("kind", ["sentencepiece_file", "byte_file"])
 def test_loaded_model_takes_and_gives_text(tmp_path, kind, request):
   file = request.getfixturevalue(kind)
-  params = init_params(CONFIG, single_device(), jax.random.key(0))
-  save_model(tmp_path / "model", CONFIG, params, file)
+  params, own = (
+      init(CONFIG, single_device(), jax.random.key(0)) for init in (init_params, HEADS.begin)
+  )
+  save_model_with(tmp_path / "model", CONFIG, params, file, HEADS, own)
   assert (tmp_path / "model" / file.name).read_bytes() == file.read_bytes()
   model = bpd_jax.load(tmp_path / "model")
+  assert model.own_heads[0] == HEADS
   text = "the tokens of a block"
   out = model.generate([text, "a"], "blockwise", max_length=12, batch_size=2)
   by_id = model.generate([[*model.vocabulary.encode(text), 1]], "greedy", max_length=12,

@@ -15,8 +15,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from bpd_jax import launch, train
-from bpd_jax.checkpoints import load_model
-from bpd_jax.partitioning import single_device
+from bpd_jax.addons.folder import load_addon
+from bpd_jax.generation import load
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = ("gin/models/tiny.gin", "gin/tasks/jsonl_train.gin", "gin/runs/train.gin")
@@ -25,7 +25,7 @@ HEADS_FILES = ("gin/tasks/jsonl_train.gin", "gin/runs/train_heads.gin")
 SIZES = {
     "BLOCK_SIZE": 3, "VOCAB_SIZE": 260, "ModelConfig.d_model": 16, "ModelConfig.d_ff": 16,
     "ModelConfig.d_kv": 8, "ModelConfig.num_heads": 2, "ModelConfig.num_encoder_layers": 1,
-    "ModelConfig.num_decoder_layers": 1, "ModelConfig.head_d_ff": 16,
+    "ModelConfig.num_decoder_layers": 1, "Heads.d_ff": 16,
 }
 LENGTHS = {"BATCH_SIZE": 4, "INPUT_LENGTH": 8, "TARGET_LENGTH": 12, "WARMUP_STEPS": 4}
 
@@ -104,8 +104,14 @@ def last_state(workdir):
 
 
 def model_params(workdir):
-  """Arrays of a run's model by name."""
-  return leaves(load_model(workdir / "model", single_device())[1])
+  """Arrays of a run's model and of its heads by name, as in its state."""
+  model = load(workdir / "model")
+  return leaves({"base": model.params, "own": model.own_heads[1]})
+
+
+def addon_params(workdir, base):
+  """Arrays of what a run trained behind a model folder, by name, as in its state."""
+  return leaves({"own": load_addon(workdir / "addon", load(base))[1]})
 
 
 def cut(*paths):

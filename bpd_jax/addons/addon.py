@@ -3,7 +3,7 @@
 from collections.abc import Callable
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, Protocol
 
 from flax import linen as nn
 import jax
@@ -11,8 +11,27 @@ import jax
 from bpd_jax.decoding.rescoring import Scoring
 from bpd_jax.decoding.types import Drafting, Policing
 from bpd_jax.model.config import ModelConfig
+from bpd_jax.model.model import EncoderDecoder
 from bpd_jax.partitioning import Partitioning
 from bpd_jax.reader import ModelReader
+
+
+class Base(Protocol):
+  """The model behind which an add-on is, as `bpd_jax.generation.Generator` has it.
+
+  Attributes:
+    config: its sizes.
+    model: its calls, with `is_view`.
+    partitioning: where it lives.
+    fingerprint: of its values.
+    vocabulary_fingerprint: of its vocabulary; None without one.
+  """
+
+  config: ModelConfig
+  model: EncoderDecoder
+  partitioning: Partitioning
+  fingerprint: str
+  vocabulary_fingerprint: str | None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -70,28 +89,37 @@ class Addon:
     """
     raise NotImplementedError
 
+  def abstract(self, config: ModelConfig, partitioning: Partitioning) -> Any:
+    """Shapes and dtypes with shardings of the parameters."""
+    boxed = jax.eval_shape(lambda: self.init(config, jax.random.key(0)))
 
-def abstract_own(addon: Addon, config: ModelConfig, partitioning: Partitioning) -> Any:
-  """Shapes and dtypes with shardings of an add-on's parameters."""
-  boxed = jax.eval_shape(lambda: addon.init(config, jax.random.key(0)))
+    def place(leaf):
+      names, value = (leaf.names, leaf.value) if isinstance(leaf, nn.Partitioned) else ((), leaf)
+      return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=partitioning.sharding(names))
 
-  def place(leaf):
-    names, value = (leaf.names, leaf.value) if isinstance(leaf, nn.Partitioned) else ((), leaf)
-    return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=partitioning.sharding(names))
+    return jax.tree.map(place, boxed, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned))
 
-  return jax.tree.map(place, boxed, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned))
+  def begin(self, config: ModelConfig, partitioning: Partitioning, key: jax.Array) -> Any:
+    """The parameters of `init`, placed by the partitioning; plain dicts."""
+    return _init_program(self, config, partitioning)(key)
 
 
-def init_own(
-    addon: Addon, config: ModelConfig, partitioning: Partitioning, key: jax.Array
-) -> Any:
-  """An add-on's first parameters, placed by the partitioning; plain dicts."""
-  return _init_program(addon, config, partitioning)(key)
+def make_addon(
+    addon: Addon, own: Any, base: Base, block_size: int | None = None, top_k: int = 1
+) -> Made:
+  """An add-on's parameters, ready to decode behind their base."""
+  return addon.make(
+      ModelReader(base.model), VIEW(addon, own), block_size=block_size, top_k=top_k
+  )
+
+
+# Of an add-on and its parameters, what decoding reads.
+VIEW = jax.jit(lambda addon, own: addon.view(own), static_argnums=0)
 
 
 @functools.lru_cache
 def _init_program(
     addon: Addon, config: ModelConfig, partitioning: Partitioning
 ) -> Callable[[jax.Array], Any]:
-  places = jax.tree.map(lambda leaf: leaf.sharding, abstract_own(addon, config, partitioning))
+  places = jax.tree.map(lambda leaf: leaf.sharding, addon.abstract(config, partitioning))
   return jax.jit(lambda key: nn.unbox(addon.init(config, key)), out_shardings=places)

@@ -1,7 +1,8 @@
 """Folders of add-ons: `addon.json` and Orbax `params/`.
 
 A folder says of which base its add-on is, by the fingerprint of its values, and whose ids
-it reads. It is written whole or not at all.
+it reads. It is written whole or not at all. A model's folder may hold those of its own
+add-ons in `addons/`, of which `heads` are read with the model.
 """
 
 import dataclasses
@@ -13,8 +14,9 @@ from typing import Any
 
 import jax
 
-from bpd_jax.addons.addon import abstract_own, Addon, Made
-from bpd_jax.checkpoints import read_arrays, save_arrays
+from bpd_jax.addons.addon import Addon, Base, Made, make_addon
+from bpd_jax.addons.heads import Heads
+from bpd_jax.checkpoints import read_arrays, read_old_heads, save_arrays, save_model
 from bpd_jax.errors import InputError
 from bpd_jax.folders import (
     array_path,
@@ -26,15 +28,17 @@ from bpd_jax.folders import (
     read_object,
     write_object,
 )
-from bpd_jax.generation import Generator
-from bpd_jax.reader import ModelReader
+from bpd_jax.model.config import ModelConfig
+from bpd_jax.vocabulary import open_vocabulary
 
 ADDON_FILE = "addon.json"
 PARAMS_FOLDER = "params"
+# In a model's folder; each of its add-ons lies there under its class's name.
+ADDONS_FOLDER = "addons"
 
 
 def save_addon(
-    folder: PathLike, addon: Addon, own: Any, base: Generator, *,
+    folder: PathLike, addon: Addon, own: Any, base: Base, *,
     recipe: dict[str, Any] | None = None, may_replace: bool = False,
 ) -> None:
   """Writes an add-on's folder.
@@ -51,26 +55,99 @@ def save_addon(
     InputError: where the folder exists, can't be written or isn't readable afterwards.
   """
   array_path(folder, "addon")
-  kind = f"{type(addon).__module__}:{type(addon).__qualname__}"
-  if kind.startswith("__main__:") or "<" in kind:
-    raise InputError("addon", kind, "of a class of a module that other processes can import")
+  kind_of(addon)
   if not may_replace:
     check_new(folder)
   # Where it isn't known, all processes find it out together.
   fingerprint = base.fingerprint
   with new_folder(folder, may_replace=may_replace) as partial:
-    save_arrays(partial / PARAMS_FOLDER, own)
-    if jax.process_index() == 0:
-      write_object(partial / ADDON_FILE, {
-          "kind": kind,
-          "config": dataclasses.asdict(addon),
-          "needs": {"base": fingerprint},
-          "vocabulary": base.vocabulary_fingerprint, "d_model": base.config.d_model,
-          "vocab_size": base.config.vocab_size, "recipe": recipe or {},
-      })
+    _write(
+        partial, addon, own, base.config, fingerprint, base.vocabulary_fingerprint, recipe
+    )
 
 
-def load_addon(folder: PathLike, base: Generator) -> tuple[Addon, Any]:
+def save_model_with(
+    folder: PathLike, config: ModelConfig, params: Any, vocabulary_file: PathLike | None,
+    addon: Addon, own: Any, *, recipe: dict[str, Any] | None = None, may_replace: bool = False,
+) -> None:
+  """Writes a model's folder with an add-on in it, both or neither.
+
+  Args:
+    folder, config, params, vocabulary_file, may_replace: see `save_model`.
+    addon: its config.
+    own: its parameters; where there are none, there is no folder of it.
+    recipe: what both were trained with.
+
+  Raises:
+    InputError: see `save_model` and `save_addon`.
+  """
+  kind_of(addon)
+
+  def beside(partial: Path, fingerprint: str) -> None:
+    words = vocabulary_file
+    if words is not None:
+      words = open_vocabulary(words, config.vocab_size).fingerprint
+    place = partial / ADDONS_FOLDER / addon_name(addon)
+    place.mkdir(parents=True, exist_ok=True)
+    _write(place, addon, own, config, fingerprint, words, recipe)
+
+  save_model(
+      folder, config, params, vocabulary_file, may_replace=may_replace,
+      beside=beside if jax.tree.leaves(own) else None,
+  )
+
+
+def kind_of(addon: Addon) -> str:
+  """An add-on's class as `module:Class`; InputError where nobody else could import it."""
+  kind = f"{type(addon).__module__}:{type(addon).__qualname__}"
+  if kind.startswith("__main__:") or "<" in kind:
+    raise InputError("addon", kind, "of a class of a module that other processes can import")
+  return kind
+
+
+def addon_name(addon: Addon) -> str:
+  """What an add-on's folder in `ADDONS_FOLDER` of a model is called."""
+  return type(addon).__name__.lower()
+
+
+def _write(
+    partial: Path, addon: Addon, own: Any, config: ModelConfig, fingerprint: str,
+    vocabulary: str | None, recipe: dict[str, Any] | None,
+) -> None:
+  """Fills a folder."""
+  save_arrays(partial / PARAMS_FOLDER, own)
+  if jax.process_index() == 0:
+    write_object(partial / ADDON_FILE, {
+        "kind": kind_of(addon),
+        "config": dataclasses.asdict(addon),
+        "needs": {"base": fingerprint},
+        "vocabulary": vocabulary, "d_model": config.d_model,
+        "vocab_size": config.vocab_size, "recipe": recipe or {},
+    })
+
+
+def load_heads(folder: PathLike, base: Base) -> tuple[Heads, Any]:
+  """The parallel heads of a model's folder; a folder of before has them among its arrays.
+
+  Returns:
+    The add-on and its parameters; `Heads(1)`, which has none, where the folder has none.
+
+  Raises:
+    InputError: see `load_addon`.
+  """
+  path = Path(folder) / ADDONS_FOLDER / addon_name(Heads())
+  if path.is_dir():
+    addon, own = load_addon(path, base)
+    if not isinstance(addon, Heads):
+      raise InputError(f"{path} kind", kind_of(addon), kind_of(Heads()))
+    return addon, own
+  old = read_old_heads(
+      folder, lambda *sizes: Heads(*sizes).abstract(base.config, base.partitioning)
+  )
+  return (Heads(1), {}) if old is None else (Heads(*old[0]), old[1])
+
+
+def load_addon(folder: PathLike, base: Base) -> tuple[Addon, Any]:
   """Reads an add-on of a model.
 
   Args:
@@ -98,13 +175,13 @@ def load_addon(folder: PathLike, base: Generator) -> tuple[Addon, Any]:
   needed = (found.get("needs") or {}).get("base")
   if needed != base.fingerprint:
     raise InputError(f"{path} base", needed, f"{base.fingerprint}, the model's fingerprint")
-  target = abstract_own(addon, base.config, base.partitioning)
+  target = addon.abstract(base.config, base.partitioning)
   base.partitioning.check_params(target)
   return addon, read_arrays(array_path(folder, "addon") / PARAMS_FOLDER, target)
 
 
 def load_made(
-    folder: PathLike, base: Generator, block_size: int | None = None, top_k: int = 1
+    folder: PathLike, base: Base, block_size: int | None = None, top_k: int = 1
 ) -> Made:
   """`load_addon`, ready to decode behind its base; read once for all who ask.
 
@@ -118,18 +195,10 @@ def load_made(
 
 @functools.lru_cache(maxsize=8)
 def _load_made(
-    folder: str, contents: str, base: Generator, block_size: int | None, top_k: int
+    folder: str, contents: str, base: Base, block_size: int | None, top_k: int
 ) -> Made:
   del contents
   return make_addon(*load_addon(folder, base), base, block_size, top_k)
-
-
-def make_addon(
-    addon: Addon, own: Any, base: Generator, block_size: int | None = None, top_k: int = 1
-) -> Made:
-  """An add-on's parameters, ready to decode behind their base."""
-  view = jax.jit(addon.view)(own)
-  return addon.make(ModelReader(base.model), view, block_size=block_size, top_k=top_k)
 
 
 def _read_addon(path: Path, found: dict[str, Any]) -> Addon:

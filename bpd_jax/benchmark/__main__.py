@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 
-from bpd_jax.benchmark.decode import BLOCK_SIZE, measure, Options, print_report
+from bpd_jax.benchmark.decode import measure, Options, print_report
 from bpd_jax.benchmark.engines import describe_machine, pin_cores, TABLE_WIDTH
 from bpd_jax.benchmark.rescoring import (
     measure_rescoring,
@@ -70,12 +70,10 @@ def main(argv: Sequence[str]) -> None:
     if not file.resolve().parent.is_dir():
       raise InputError("json", str(file), "a file in a folder that exists")
   pin_cores(options.threads)
-  config = ModelConfig(block_size=BLOCK_SIZE if command == "decode" else 1)
+  config = ModelConfig()
   if command == "train":
     # As a CPU trains fastest.
     config = config.replace(scan_unroll=config.num_encoder_layers)
-  if command == "rescoring":
-    config = config.replace(block_size=options.depth + 1)
   machine = describe_machine(options.threads)
   console = plain_console()
   console.width = max(console.width, TABLE_WIDTH)

@@ -29,23 +29,25 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from bpd_jax.addons.addon import VIEW
+from bpd_jax.addons.heads import Heads
 from bpd_jax.benchmark.engines import (
-    missing_packages,
-    PACKAGES,
-    PAUSE_SECONDS,
-    quiet_transformers,
-    Spread,
-    Worker,
+  missing_packages,
+  PACKAGES,
+  PAUSE_SECONDS,
+  quiet_transformers,
+  Spread,
+  Worker,
 )
 from bpd_jax.decoding.drafters.reference import ReferenceDrafter
-from bpd_jax.decoding.types import Context, Prompt
+from bpd_jax.decoding.types import Context, Drafting, Prompt
 from bpd_jax.errors import InputError
 from bpd_jax.interchange.huggingface import export_model
 from bpd_jax.model.config import ModelConfig
 from bpd_jax.model.model import decode_view, EncoderDecoder, init_params
 from bpd_jax.partitioning import single_device
 from bpd_jax.programs import CACHE, DECODE, DecodeParams, DecodeSettings, PREFILL
-from bpd_jax.reader import heads_drafter
+from bpd_jax.reader import ModelReader
 
 BLOCK_SIZE = 8
 # Calls that a timing of one width makes.
@@ -111,6 +113,9 @@ class Decoder:
     )
     model = EncoderDecoder(config, single_device(), is_view=True)
     self._model = model
+    heads = Heads(BLOCK_SIZE)
+    own = heads.begin(config, single_device(), jax.random.key(1))
+    self._drafting = functools.partial(heads.make, ModelReader(model), VIEW(heads, own))
 
   def prefill(self, inputs: np.ndarray) -> tuple[Context, float]:
     """Runs the encoder over [batch, input length]; the context and seconds."""
@@ -134,16 +139,17 @@ class Decoder:
       Tokens [batch, num_tokens], decoder calls of the loop, and seconds.
     """
     length, batch_size = self.options.output_length, context.mask.shape[0]
-    drafter = heads_drafter(self._model, width)
     if references is not None and width > 1:
-      drafter = ReferenceDrafter(width - 1)
-    settings = DecodeSettings(drafter)
+      drafting = Drafting(ReferenceDrafter(width - 1))
+    else:
+      drafting = self._drafting(block_size=width).drafting
+    settings, params = DecodeSettings(drafting.drafter), DecodeParams(self.view, drafting.params)
     limits = np.full([batch_size], num_tokens, np.int32)
     began = time.perf_counter()
     prompt = Prompt(limits[:, None], limits, length, references=references)
     cache = CACHE(self._model, settings, batch_size, length)
     state = jax.block_until_ready(DECODE(
-        self._model, settings, DecodeParams(self.view), context, prompt, limits, 0, limits, cache
+        self._model, settings, params, context, prompt, limits, 0, limits, cache
     ))
     seconds = time.perf_counter() - began
     return np.asarray(state.tokens)[:, :num_tokens], int(state.call), seconds
@@ -255,7 +261,7 @@ def measure(
   """Runs everything; compiles first, then times in alternating repeats.
 
   Args:
-    config: of the model; untied, with `BLOCK_SIZE` heads.
+    config: of the model; untied. It gets `BLOCK_SIZE` heads.
     options: what to run.
     progress: shows how many runs are done.
     say: gets one line for each engine that is left out.

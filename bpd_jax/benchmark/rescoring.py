@@ -19,13 +19,15 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from bpd_jax.addons.addon import VIEW
+from bpd_jax.addons.heads import Heads, HeadsReader
 from bpd_jax.benchmark.engines import check_counts, PAUSE_SECONDS, Spread, Worker
 from bpd_jax.data.rows import load_rows, TASKS, VOCABULARY_FILE
 from bpd_jax.decoding.lattice import top_k_lattice
 from bpd_jax.decoding.rescoring import constant_weights, Rescorer, RescorerParams
 from bpd_jax.decoding.scorers.ngram import ngram_params, NgramParams, NgramScorer
 from bpd_jax.decoding.search import best_paths, merge_paths
-from bpd_jax.decoding.types import Lattice
+from bpd_jax.decoding.types import Lattice, Params
 from bpd_jax.errors import InputError
 from bpd_jax.model.config import ModelConfig
 from bpd_jax.model.model import decode_view, EncoderDecoder, init_params
@@ -181,7 +183,7 @@ def measure_rescoring(
   """Runs everything, alternating; what compiles runs once before.
 
   Args:
-    config: of the model whose decoder call is timed; h - 1 is at least the depth.
+    config: of the model whose decoder call is timed.
     options: what to run.
     progress: shows how many runs are done.
     say: gets a line where an engine is left out.
@@ -260,6 +262,8 @@ def _decoder_call(config: ModelConfig, options: RescoringOptions, batch_size: in
   view = jax.jit(functools.partial(decode_view, config))(
       init_params(config, single_device(), jax.random.key(0))
   )
+  heads, reader = Heads(options.depth + 1), HeadsReader(model)
+  own = VIEW(heads, heads.begin(config, single_device(), jax.random.key(1)))
   inputs = np.full([batch_size, options.input_length], 5, np.int32)
   context = jax.jit(functools.partial(prefill, model))(
       view, inputs, np.full([batch_size], options.input_length, np.int32)
@@ -270,9 +274,10 @@ def _decoder_call(config: ModelConfig, options: RescoringOptions, batch_size: in
   visible = np.tri(nodes, dtype=bool)[None]
 
   @jax.jit
-  def call(view, context, cache, hidden):
+  def call(view, own, context, cache, hidden):
     apply = functools.partial(model.apply, {"params": view})
-    logits = apply(hidden, options.depth, method="head_logits")
+    states = reader.head_states(Params(view, own), hidden, options.depth)
+    logits = reader.logits(view, states)
     steps = jnp.full([batch_size], options.depth, jnp.int32)
     lattice = top_k_lattice(logits, options.top_k, steps)
     tokens = jnp.resize(lattice.tokens.reshape(batch_size, -1), (batch_size, nodes))
@@ -283,7 +288,7 @@ def _decoder_call(config: ModelConfig, options: RescoringOptions, batch_size: in
     return apply(states, method="logits").max(-1), states[:, -1]
 
   hidden = jnp.ones([batch_size, config.d_model], config.dtype)
-  return functools.partial(_timed, call, view, context, cache, hidden)
+  return functools.partial(_timed, call, view, own, context, cache, hidden)
 
 
 def print_rescoring_report(

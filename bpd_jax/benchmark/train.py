@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from bpd_jax.addons.heads import Heads
 from bpd_jax.benchmark.engines import (
     check_counts,
     missing_packages,
@@ -34,7 +35,7 @@ from bpd_jax.interchange.huggingface import export_model
 from bpd_jax.model.config import ModelConfig
 from bpd_jax.model.model import init_params
 from bpd_jax.partitioning import single_device
-from bpd_jax.training.loss import head_losses
+from bpd_jax.training.loss import head_losses, Loss
 from bpd_jax.training.optimizer import Optimizer
 from bpd_jax.training.step import place_batch, Step
 
@@ -71,10 +72,13 @@ class TrainOptions:
 class Trainer:
   """This package's training step; a call does one on the same batch."""
 
-  def __init__(self, config: ModelConfig, batch: dict[str, np.ndarray]):
-    self._step = Step(config, single_device(), Optimizer(learning_rate=1e-3, warmup_steps=1))
-    params = init_params(config, single_device(), jax.random.key(0))
-    self._state = self._step.init(params)
+  def __init__(self, config: ModelConfig, heads: Heads, batch: dict[str, np.ndarray]):
+    place, key = single_device(), jax.random.key(0)
+    optimizer = Optimizer(learning_rate=1e-3, warmup_steps=1)
+    self._step = Step(config, place, optimizer, Loss(trains_base=True), heads)
+    self._state = self._step.init(
+        {"base": init_params(config, place, key), "own": heads.begin(config, place, key)}
+    )
     self._batch = place_batch(single_device(), batch)
 
   def __call__(self, inputs: Any = None) -> tuple[float, float]:
@@ -118,7 +122,7 @@ def measure_training(
   """Runs everything; compiles first, then times in alternating steps.
 
   Args:
-    config: of the model without parallel heads; no dropout.
+    config: of the model; no dropout.
     options: what to run.
     progress: shows how many steps are done.
     say: gets a line where an engine is left out.
@@ -139,8 +143,8 @@ def measure_training(
   batch = assemble(rows, options.input_length, options.output_length)
   heads = f"bpd_jax, {options.block_size} heads"
   engines = {
-      "bpd_jax": Trainer(config, batch),
-      heads: Trainer(config.replace(block_size=options.block_size), batch),
+      "bpd_jax": Trainer(config, Heads(1), batch),
+      heads: Trainer(config, Heads(options.block_size), batch),
   }
   with tempfile.TemporaryDirectory() as folder:
     if missing := missing_packages("transformers"):

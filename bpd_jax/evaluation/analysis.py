@@ -16,9 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bpd_jax.addons.heads import HeadsReader
 from bpd_jax.decoding.accept import NothingPasses
 from bpd_jax.decoding.rescoring import candidate_entropy, Scoring
-from bpd_jax.decoding.types import Drafter, Drafting
+from bpd_jax.decoding.types import Drafter, Drafting, Params
 from bpd_jax.evaluation.bootstrap import bootstrap_interval
 from bpd_jax.evaluation.replay import recorded_loop, recorded_rows, Recording, replay
 from bpd_jax.generation import Call, check_finite, Generation, Generator
@@ -41,15 +42,16 @@ def head_statistics(generator: Generator, recording: Recording) -> dict[str, lis
     `RECALLS`; `oracle`, the same of block efficiencies with so many heads, see
     `oracle_calls`.
   """
-  model, view = generator.model, generator.view
+  reader, num_heads = HeadsReader(generator.model), generator.block_size - 1
+  params = Params(generator.view, generator.heads().params)
   ranks, entropies = [], []
   for first in range(0, len(recording), ROWS):
     part = np.arange(first, first + ROWS)
     chosen = np.minimum(part, len(recording) - 1)
     lengths = np.where(part < len(recording), recording.lengths[chosen], 0)
-    rank, entropy = jax.device_get(
-        _head_ranks(model, view, recording.hidden[chosen], recording.tokens[chosen], lengths)
-    )
+    rank, entropy = jax.device_get(_head_ranks(
+        reader, num_heads, params, recording.hidden[chosen], recording.tokens[chosen], lengths
+    ))
     ranks.append(rank)
     entropies.append(entropy)
   rank = np.concatenate(ranks)[: len(recording)]
@@ -68,16 +70,16 @@ def head_statistics(generator: Generator, recording: Recording) -> dict[str, lis
   }
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _head_ranks(model, view, hidden, tokens, lengths):
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _head_ranks(reader, num_heads, params, hidden, tokens, lengths):
   """Ranks [rows, length, heads] of greedy's tokens, -1 where there is none; entropy [heads]."""
-  apply = functools.partial(model.apply, {"params": view})
   batch, length, d = hidden.shape
-  first = apply(hidden, method="logits")[:, :, None]
-  logits = first
-  if model.config.block_size > 1:
-    rest = apply(hidden.reshape(-1, d), method="head_logits")
-    logits = jnp.concatenate([first, rest.reshape(batch, length, *rest.shape[1:])], axis=2)
+  states = hidden.reshape(-1, 1, d)
+  if num_heads:
+    states = jnp.concatenate(
+        [states, reader.head_states(params, states[:, 0], num_heads)], axis=1
+    )
+  logits = reader.logits(params.base, states).reshape(batch, length, num_heads + 1, -1)
   heads = logits.shape[2]
   at = jnp.arange(length)[:, None] + jnp.arange(heads)  # [length, heads]
   has_token = at < lengths[:, None, None]

@@ -41,7 +41,7 @@ class Cost:
 
 def call_cost(
     config: ModelConfig, nodes: int, rows: int, output_length: int, input_length: int,
-    split: int = 1, num_heads: int | None = None,
+    split: int = 1, num_heads: int = 0, head_d_ff: int = 0,
 ) -> Cost:
   """Cost of one decoder call, the heads that draft included.
 
@@ -58,19 +58,18 @@ def call_cost(
     input_length: of the encoder.
     split: devices that share the heads, the feed-forward layers and the
       vocabulary.
-    num_heads: heads after the base model that draft; by default as many as a chain
-      of `nodes` has use for.
+    num_heads: heads after the base model that draft.
+    head_d_ff: width inside each.
   """
-  heads = min(nodes, config.block_size) - 1 if num_heads is None else num_heads
   joined = config.num_heads * config.d_kv
-  slots = cache_length(output_length, heads)
+  slots = cache_length(output_length, num_heads)
   layer = (6 * joined + (2 + config.is_gated) * config.d_ff) * config.d_model
   layers = config.num_decoder_layers * layer
-  head = 2 * config.d_model * config.head_d_ff
+  head = 2 * config.d_model * head_d_ff
   project = config.d_model * config.vocab_size
   attend = 2 * config.num_decoder_layers * joined * (slots + nodes + input_length)
-  products = rows * (nodes * (layers + project + attend) + heads * (head + project))
-  weights = layers + heads * head + project * (2 if heads else 1)
+  products = rows * (nodes * (layers + project + attend) + num_heads * (head + project))
+  weights = layers + num_heads * head + project * (2 if num_heads else 1)
   stored = rows * 2 * config.num_decoder_layers * joined * (slots + input_length + nodes)
   size = jnp.dtype(config.dtype).itemsize
   return Cost(2 * products // split, size * weights // split, size * stored // split)
@@ -79,7 +78,7 @@ def call_cost(
 def token_cost(
     config: ModelConfig, nodes: int, depth: int, block_efficiency: float, *,
     output_length: int, input_length: int, scorers: Sequence[ModelConfig] = (),
-    num_prefixes: int = 1, has_heads: bool = True,
+    num_prefixes: int = 1, head_d_ff: int | None = None,
 ) -> Cost:
   """Cost of one emitted token at batch 1.
 
@@ -97,11 +96,12 @@ def token_cost(
     input_length: of the encoder.
     scorers: of the small models.
     num_prefixes: that the search keeps.
-    has_heads: whether heads of the model draft, one a step; what else drafts isn't counted.
+    head_d_ff: width inside the heads that draft, one a step; None where something else
+      drafts, which isn't counted.
   """
-  heads = depth if has_heads else 0
-  cost = call_cost(config, nodes, 1, output_length, input_length, num_heads=heads)
+  heads = {} if head_d_ff is None else {"num_heads": depth, "head_d_ff": head_d_ff}
+  cost = call_cost(config, nodes, 1, output_length, input_length, **heads)
   for small in scorers:
     for width in (depth + 1, *[num_prefixes] * (depth - 1)):
-      cost += call_cost(small, width, 1, output_length, input_length, num_heads=0)
+      cost += call_cost(small, width, 1, output_length, input_length)
   return cost / block_efficiency

@@ -51,15 +51,17 @@ class Reference:
   """Greedy's own output, the ceiling of every drafter.
 
   Attributes:
-    block_size: h, the most tokens a call emits; that of the model's heads by default.
+    block_size: h, the most tokens a call emits; by default that of `addon`.
+    addon: the folder of what drafts beside it; None for the model's heads.
   """
 
   block_size: int | None = None
+  addon: str | None = None
 
   def make(self, generator: Generator) -> Drafting:
     block_size = self.block_size
     if block_size is None:
-      block_size = generator.config.block_size
+      block_size = Draft(addon=self.addon).make(generator).drafter.depth + 1
     check_count("Reference.block_size", block_size)
     return Drafting(ReferenceDrafter(block_size - 1))
 

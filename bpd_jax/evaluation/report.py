@@ -74,7 +74,7 @@ def analyse_task(
   settings = {name: generator.settings(**own) for name, own in options.items()}
   methods = [x for x in methods if settings[x.name].drafter.depth]
   heads = None
-  if generator.config.block_size > 1:
+  if generator.block_size > 1:
     heads = head_statistics(generator, recording)
     heads["rising_heads"] = rising_heads(heads["entropy"])
   # Methods that re-score the same heads are compared with these as they are.
@@ -100,7 +100,8 @@ def analyse_task(
         "repetition": describe_repetition(decoded),
         "by_position": efficiency_by_position(decoded),
         "cost": _cost(
-            generator, recording, settings[method.name], has_heads(method),
+            generator, recording, settings[method.name],
+            options[method.name]["method"].params["w1_2"].shape[0] if has_heads(method) else None,
             scoring[method.name], decoded,
         ),
     }
@@ -158,16 +159,16 @@ def _lattices(
 
 
 def _cost(
-    generator: Generator, recording: Recording, settings: DecodeSettings, has_heads: bool,
-    scoring: Sequence[Scoring], decoded: Generation,
+    generator: Generator, recording: Recording, settings: DecodeSettings,
+    head_d_ff: int | None, scoring: Sequence[Scoring], decoded: Generation,
 ) -> dict[str, float]:
   """`Cost` of a token at batch 1, with an input and a prefix of mean length.
 
-  What a drafter that isn't the model's heads reads isn't counted.
+  What a drafter reads that has no heads, of width `head_d_ff`, isn't counted.
   """
   cost = token_cost(
       generator.config, settings.num_nodes, settings.drafter.depth, decoded.block_efficiency,
-      has_heads=has_heads,
+      head_d_ff=head_d_ff,
       output_length=int(recording.lengths.mean() // 2),
       input_length=int(recording.prompt_lengths.mean()),
       scorers=[

@@ -14,10 +14,8 @@ from bpd_jax.decoding.types import Drafting
 from bpd_jax.errors import check_count
 from bpd_jax.evaluation.quality import is_looping
 from bpd_jax.generation import Generator, INPUT_BUCKETS, naming_prompts
-from bpd_jax.training.addon_step import AddonStep
 from bpd_jax.training.loss import head_losses
 from bpd_jax.training.step import place_batch, Step
-from bpd_jax.vocabulary import Vocabulary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,10 +52,9 @@ class Evaluation:
   """Figures of a model on validation tasks; to be called with parameters and a step."""
 
   def __init__(
-      self, step: Step | AddonStep, datasets: Sequence[Dataset], validation: Validation,
-      batch_size: int, vocabulary: Vocabulary, lengths: Mapping[str, int],
-      decoder: Callable[[Any], tuple[Generator, str | Drafting]] | None = None,
-      read: Callable[[dict[str, Any]], dict[str, Any]] = lambda batch: batch,
+      self, step: Step, datasets: Sequence[Dataset], validation: Validation, batch_size: int,
+      lengths: Mapping[str, int],
+      decoder: Callable[[Any], tuple[Generator, str | Drafting]], base: Any = None,
   ):
     """Opens nothing, compiles nothing.
 
@@ -66,26 +63,17 @@ class Evaluation:
       datasets: of the validation's tasks.
       validation: what is looked at.
       batch_size: rows together.
-      vocabulary: of texts.
       lengths: `input_length` and `target_length`.
-      decoder: from parameters to what decodes, and how; by default they are a model's, with
-        its own heads.
-      read: makes of a placed batch what the step measures.
+      decoder: from what is trained to what decodes, and how.
+      base: parameters of a frozen base.
     """
     self._step = step
     self._datasets = datasets
     self._validation = validation
     self._batch_size = batch_size
-    self._vocabulary = vocabulary
     self._lengths = lengths
-    self._decoder = decoder or self._own_heads
-    self._read = read
-
-  def _own_heads(self, params: Any) -> tuple[Generator, str]:
-    """The model that is trained, with its own heads."""
-    config = self._step.config
-    generator = Generator(config, params, self._step.partitioning, self._vocabulary)
-    return generator, "blockwise" if config.block_size > 1 else "greedy"
+    self._decoder = decoder
+    self._base = base
 
   def __call__(self, params: Any, step: int) -> dict[str, float]:
     """TASK/loss_head_i, accuracy_head_i, and of decoded rows block_efficiency, exact_match
@@ -114,7 +102,7 @@ class Evaluation:
   ) -> dict[str, float]:
     place = functools.partial(place_batch, self._step.partitioning)
     sums = add_up(
-        jax.device_get(self._step.measure(params, self._read(place(batch))))
+        jax.device_get(self._step.measure(params, place(batch), self._base))
         for batch in in_order(
             dataset, self._batch_size, max_examples=self._validation.max_examples,
             **self._step.config.special_ids, **self._lengths,

@@ -98,20 +98,15 @@ _DECODER_LAYER = {
 Place = tuple[str, int | None]
 
 
-def import_model(
-    folder: PathLike, *, block_size: int = 1, head_d_ff: int | None = None, seed: int = 0
-) -> tuple[ModelConfig, Any]:
+def import_model(folder: PathLike) -> tuple[ModelConfig, Any, dict[str, np.ndarray]]:
   """Reads a folder of transformers.
 
   Args:
     folder: with `config.json`, and `model.safetensors` or its index and shards.
-    block_size: h; h - 1 fresh parallel heads are added, which repeat head 1
-      until trained. Where the folder has heads, they fix h: 1 takes them all.
-    head_d_ff: width inside a fresh head; the model's `d_ff` by default.
-    seed: of the fresh heads.
 
   Returns:
-    The config, and the stored tree of parameters as numpy arrays of float32.
+    The config; the stored tree of parameters as numpy arrays of float32; and those of
+    `bpd_jax.addons.heads.Heads`, `w1` and `w2`, where the folder has some.
 
   Raises:
     InputError: naming the file, field or tensor that isn't as it should be.
@@ -131,15 +126,12 @@ def import_model(
         f"tensor {embedding} shape", _shape(tensors, embedding), "(vocabulary, d_model)"
     )
   is_tied = _is_tied(fields, tensors, embedding)
-  if heads:
-    block_size, head_d_ff = _check_head_sizes(heads, block_size, head_d_ff)
   config = _read_config(
       fields, folder,
       vocab_size=_shape(tensors, embedding)[0],
-      block_size=block_size,
-      head_d_ff=head_d_ff,
       is_tied=is_tied,
   )
+  _check_heads(heads, config)
   expected = leaf_shapes_of(config)
   places = _tensor_places(config, expected)
   places = {embedding: places.pop(EMBEDDINGS[0]), **places}
@@ -152,9 +144,8 @@ def import_model(
     out[...] = _turn(leaf, _read(tensors, name))
   if not is_tied and LM_HEAD not in tensors:
     leaves["logits_kernel"][...] = leaves["embedding"].T
-  if config.block_size > 1:
-    _fill_heads(config, leaves, heads, seed)
-  return config, traverse_util.unflatten_dict(leaves, sep="/")
+  own = {name: _read(heads, name).astype(np.float32) for name in heads}
+  return config, traverse_util.unflatten_dict(leaves, sep="/"), own
 
 
 def export_model(
@@ -163,6 +154,7 @@ def export_model(
     params: Any,
     vocabulary_file: PathLike | None = None,
     *,
+    heads: dict[str, Any] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
   """Writes a folder that transformers' T5ForConditionalGeneration reads.
@@ -172,6 +164,7 @@ def export_model(
     config: of the model.
     params: the stored tree; its dtype is the one written.
     vocabulary_file: of the model's vocabulary, see `transformers_files`.
+    heads: parameters of parallel heads, which go beside in a file of their own.
     max_shard_bytes: tensors beyond this go to further files, with an index. A
       larger single tensor has a file for itself.
 
@@ -208,8 +201,8 @@ def export_model(
           "metadata": {"total_size": sum(sizes.values())},
           "weight_map": {name: file for file, names in zip(files, shards) for name in names},
       })
-    if config.block_size > 1:
-      heads = {name: np.asarray(leaves[f"heads/{name}"]) for name in ("w1", "w2")}
+    if heads:
+      heads = {name: np.asarray(leaf) for name, leaf in heads.items()}
       save_file(heads, partial / HEADS_FILE, metadata={"format": "pt"})
     write_object(partial / CONFIG_FILE, _config_fields(config, str(leaves["embedding"].dtype)))
     write_object(partial / GENERATION_FILE, _token_ids(config))
@@ -375,8 +368,6 @@ def _read_config(fields: dict[str, Any], folder: Path, **known: Any) -> ModelCon
   is_gated, activation = _read_feed_forward(fields, model_type)
   num_layers = _number(fields, "num_layers")
   d_ff = _number(fields, "d_ff")
-  if known["head_d_ff"] is None:
-    known["head_d_ff"] = d_ff
   return ModelConfig(
       d_model=_number(fields, "d_model"),
       d_ff=d_ff,
@@ -444,36 +435,18 @@ def _special_ids(fields: dict[str, Any], folder: Path) -> dict[str, int]:
   return ids
 
 
-def _check_head_sizes(
-    heads: dict[str, Any], block_size: int, head_d_ff: int | None
-) -> tuple[int, int]:
-  """block_size and head_d_ff of the heads in a folder; what was asked must fit."""
-  shape = _shape(heads, "w1")
-  if len(shape) != 3 or 0 in shape:
-    raise InputError(f"{HEADS_FILE} w1 shape", shape, "(heads, d_model, head_d_ff)")
-  count, _, width = shape
-  if block_size not in (1, count + 1):
-    raise InputError("block_size", block_size, f"{count + 1}, from {HEADS_FILE}")
-  if head_d_ff not in (None, width):
-    raise InputError("head_d_ff", head_d_ff, f"{width}, from {HEADS_FILE}")
-  return count + 1, width
-
-
-def _fill_heads(
-    config: ModelConfig, leaves: dict[str, np.ndarray], heads: dict[str, Any], seed: int
-) -> None:
-  """Fills the parallel heads in place, from the folder or fresh."""
-  w1, w2 = leaves["heads/w1"], leaves["heads/w2"]
+def _check_heads(heads: dict[str, Any], config: ModelConfig) -> None:
+  """Raises InputError where heads of a folder aren't of the model's width."""
   if not heads:
-    w2[...] = 0
-    w1[...] = np.random.default_rng(seed).standard_normal(w1.shape) / math.sqrt(config.d_model)
     return
-  for name, out in (("w1", w1), ("w2", w2)):
-    if _shape(heads, name) != out.shape:
-      raise InputError(
-          f"{HEADS_FILE} {name} shape", _shape(heads, name), f"{out.shape}, from {CONFIG_FILE}"
-      )
-    out[...] = _read(heads, name)
+  shape = _shape(heads, "w1")
+  if len(shape) != 3 or 0 in shape or shape[1] != config.d_model:
+    raise InputError(
+        f"{HEADS_FILE} w1 shape", shape, f"(heads, {config.d_model}, width), from {CONFIG_FILE}"
+    )
+  turned = (shape[0], shape[2], shape[1])
+  if _shape(heads, "w2") != turned:
+    raise InputError(f"{HEADS_FILE} w2 shape", _shape(heads, "w2"), f"{turned}, from w1's")
 
 
 def _token_ids(config: ModelConfig) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""Sizes and numerics of a T5-style encoder-decoder with parallel heads."""
+"""Sizes and numerics of a T5-style encoder-decoder."""
 
 import dataclasses
 from typing import Any
@@ -24,10 +24,7 @@ class ModelConfig:
     num_heads: attention heads.
     num_encoder_layers: layers of the encoder.
     num_decoder_layers: layers of the decoder.
-    block_size: h, tokens predicted at once; head 1 is the base model and the
-      h - 1 others are parameters. 1 is a plain T5.
-    head_d_ff: width inside each parallel head.
-    activation: of the feed-forward layers and the parallel heads.
+    activation: of the feed-forward layers, and of parallel heads.
     is_gated: whether the feed-forward layers multiply by a second projection.
     is_tied: whether the output projection is the embedding table, after a
       scale of d_model ** -0.5.
@@ -55,8 +52,6 @@ class ModelConfig:
   num_heads: int = 6
   num_encoder_layers: int = 8
   num_decoder_layers: int = 8
-  block_size: int = 1
-  head_d_ff: int = 1024
   activation: str = "gelu"
   is_gated: bool = True
   is_tied: bool = False
@@ -75,7 +70,7 @@ class ModelConfig:
   def __post_init__(self):
     for name in (
         "vocab_size", "d_model", "d_ff", "d_kv", "num_heads", "num_encoder_layers",
-        "num_decoder_layers", "block_size", "head_d_ff", "scan_unroll",
+        "num_decoder_layers", "scan_unroll",
     ):
       value = getattr(self, name)
       if not isinstance(value, int) or isinstance(value, bool) or value < 1:

@@ -1,4 +1,4 @@
-"""The T5-style encoder-decoder with parallel heads, for training and decoding.
+"""The T5-style encoder-decoder, for training and decoding.
 
 `EncoderDecoder` with stacked parameters is what trains and is stored.
 `decode_view` turns those parameters into the ones that decoding reads, for the
@@ -16,7 +16,6 @@ import jax.numpy as jnp
 from bpd_jax.model.config import ModelConfig
 from bpd_jax.model.decoder import Decoder, KeysValues
 from bpd_jax.model.encoder import Encoder
-from bpd_jax.model.heads import ParallelHeads
 from bpd_jax.model.layers import variance_init
 from bpd_jax.model.probes import ProbeSpec
 from bpd_jax.partitioning import Partitioning
@@ -25,7 +24,7 @@ Array = jax.Array
 
 
 class EncoderDecoder(nn.Module):
-  """T5 1.0 or 1.1 with h - 1 parallel heads.
+  """T5 1.0 or 1.1.
 
   Attributes:
     config: sizes and dtypes.
@@ -55,8 +54,6 @@ class EncoderDecoder(nn.Module):
           "logits_kernel", nn.with_partitioning(variance_init(config.d_model), names),
           shape, config.param_dtype,
       )
-    if config.block_size > 1:
-      self.heads = ParallelHeads(config, self.is_view)
 
   def embed(self, tokens: Array) -> Array:
     """[batch, length] int32 -> [batch, length, d_model]."""
@@ -84,14 +81,6 @@ class EncoderDecoder(nn.Module):
     kernel = self.embedding if self.config.is_tied else self.logits_kernel
     return project_logits(self.config, kernel, hidden, self.is_view)
 
-  def head_states(self, hidden: Array, num_heads: int | None = None) -> Array:
-    """States of heads 2, 3, …: [..., d_model] -> [..., num_heads, d_model]."""
-    return self.heads(hidden, num_heads)
-
-  def head_logits(self, hidden: Array, num_heads: int | None = None) -> Array:
-    """Logits of heads 2, 3, …: [..., d_model] -> [..., num_heads, vocab]."""
-    return self.logits(self.head_states(hidden, num_heads))
-
   def __call__(
       self, encoder_input_tokens: Array, encoder_mask: Array, decoder_input_tokens: Array,
       is_training: bool = False,
@@ -101,8 +90,6 @@ class EncoderDecoder(nn.Module):
     hidden = self.decode(
         encoded, encoder_mask, decoder_input_tokens, is_training=is_training
     )
-    if self.is_initializing() and self.config.block_size > 1:
-      self.head_states(hidden)
     return self.logits(hidden)
 
   def cross_keys_values(self, encoded: Array) -> tuple[KeysValues, ...]:
@@ -188,8 +175,8 @@ def decode_view(config: ModelConfig, params: Any) -> Any:
   """Parameters as decoding reads them.
 
   The decoder's layers are unstacked, so that a call reads each weight where it
-  lies instead of slicing it out of the stack; so are the heads. What every call
-  reads lies [out, in], and kernels of the same input are one: queries, keys and values of
+  lies instead of slicing it out of the stack. What every call reads lies [out, in],
+  and kernels of the same input are one: queries, keys and values of
   self-attention, and the two inputs of a gated feed-forward layer. The encoder
   and cross-attention's keys and values run once a prompt and stay as they are.
 
@@ -224,9 +211,4 @@ def decode_view(config: ModelConfig, params: Any) -> Any:
   view = {**params, "decoder": decoder}
   if not config.is_tied:
     view["logits_kernel"] = turn(view["logits_kernel"])
-  if config.block_size > 1:
-    view["heads"] = {
-        f"{name}_{i + 2}": turn(kernel)
-        for name, stacked in params["heads"].items() for i, kernel in enumerate(stacked)
-    }
   return view

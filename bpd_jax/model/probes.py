@@ -3,7 +3,7 @@
 They are attached to the nodes of a draft tree, enter after layer t and only
 seed the next draft. t = 0 is a mask token, 0 < t < L a pseudo hidden state,
 t = L a parallel head, which attends to nothing and is read at the accepted
-node alone (`heads.py`). Real columns never see a probe.
+node alone (`addons/heads.py`). Real columns never see a probe.
 """
 
 from collections.abc import Callable

@@ -170,6 +170,7 @@ def train_steps(
     schedule: Schedule,
     initial_params: Callable[[], Any],
     *,
+    base: Any = None,
     seed: int = 0,
     evaluate: Evaluate | None = None,
     display: Display | None = None,
@@ -182,6 +183,7 @@ def train_steps(
     batches: what it reads.
     schedule: when to stop, report, save and evaluate.
     initial_params: called where the folder has no state yet.
+    base: parameters of a frozen base; None where it is trained.
     seed: of what a step draws.
     evaluate: gets the parameters to use (averaged where the step averages).
     display: shows the progress.
@@ -282,7 +284,7 @@ def train_steps(
       measure(done)  # The run was killed while it did.
     while step < schedule.num_steps and not stop.is_asked(checkpoints, step):
       batch = place_batch(partitioning, batches.batch(step))
-      state, figures = step_function(state, batch, key)
+      state, figures = step_function(state, batch, key, base)
       step += 1
       late.append((step, figures))
       look(LATE_STEPS)

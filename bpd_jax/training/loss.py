@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 
 from bpd_jax.errors import InputError
+from bpd_jax.model.model import EncoderDecoder, project_logits
+from bpd_jax.training.objective import decoder_states, Objective, TEXTS
 
 Array = jax.Array
 
@@ -25,10 +27,13 @@ REPEATED = 3
 
 
 @dataclasses.dataclass(frozen=True)
-class Loss:
-  """What is minimised.
+class Loss(Objective):
+  """The loss of parallel heads, and of the base where that is trained with them.
 
   Attributes:
+    trains_base: whether base and heads are trained together; else the heads alone,
+      behind the base as it is.
+    texts: see `Objective`.
     head_weights: λ of heads 1, 2, …; all 1 by default.
     label_smoothing: share of the target's probability that goes to all others.
     z_loss: weight of log(Σ exp logits)², which keeps logits near 0.
@@ -44,6 +49,8 @@ class Loss:
       loops less. Not with `one_random_head`.
   """
 
+  trains_base: bool = False
+  texts: str = "references"
   head_weights: tuple[float, ...] | None = None
   label_smoothing: float = 0.0
   z_loss: float = 0.0
@@ -52,6 +59,10 @@ class Loss:
   unlikelihood: float = 0.0
 
   def __post_init__(self):
+    if self.texts not in TEXTS:
+      raise InputError("Loss.texts", self.texts, f"one of {TEXTS}")
+    if self.trains_base and self.texts != "references":
+      raise InputError("Loss.texts", self.texts, "references where the base is trained")
     if self.head_weights is not None:
       object.__setattr__(self, "head_weights", tuple(self.head_weights))
     if not 0 <= self.label_smoothing < 1:
@@ -67,6 +78,89 @@ class Loss:
     if self.unlikelihood and self.one_random_head:
       raise InputError("Loss.unlikelihood", self.unlikelihood, "0 with one_random_head")
 
+  @property
+  def reads_states(self) -> bool:
+    """See `Objective`."""
+    return not self.trains_base
+
+  @property
+  def unlearns_loops(self) -> bool:
+    """See `Objective`."""
+    return self.trains_base and self.unlikelihood > 0
+
+  def check(self, addon: Any) -> None:
+    """Raises InputError for what aren't heads, or where nothing would be learned."""
+    if not callable(getattr(addon, "states", None)):
+      raise InputError("objective", "Loss", f"one that trains {type(addon).__name__}")
+    if addon.block_size == 1 and not self.trains_base:
+      raise InputError("Heads.block_size", 1, "2 or more behind a frozen base")
+    self.weights(addon.block_size)
+
+  def whole(self, addon: Any, batch: dict[str, Array], key: Array | None) -> dict[str, Any]:
+    """`counts` [heads], targets of each head; `positions` drafts are read at and `chosen`,
+    the one head, None for all."""
+    block_size = addon.block_size
+    positions = chosen = None
+    if key is not None and self.draft_stride > 1 and block_size > 1:
+      length, stride = batch["decoder_segment_ids"].shape[1], self.draft_stride
+      positions = jax.random.randint(key, [], 0, stride) + jnp.arange(0, length, stride)
+    if key is not None and self.one_random_head:
+      # In proportion to nothing: what each head weighs is in its λ.
+      chosen = jax.random.randint(key, [], 0, block_size)
+    _, masks = _targets(batch, block_size, positions)
+    return {"counts": masks.sum(axis=(1, 2)), "positions": positions, "chosen": chosen}
+
+  def loss(
+      self, addon: Any, model: EncoderDecoder, base: Any, own: Any,
+      batch: dict[str, Array], whole: dict[str, Any], key: Array | None,
+  ) -> tuple[Array, dict[str, Array]]:
+    """See `Objective.loss`."""
+    config, block_size = model.config, addon.block_size
+    positions, chosen = whole["positions"], whole["chosen"]
+    hidden = decoder_states(model, base, batch, key if self.trains_base else None)
+    targets, masks = _targets(batch, block_size, positions)
+    # Heads that weigh nothing are measured too.
+    head_weights = (1.0,) * block_size if key is None else self.weights(block_size)
+    head_weights = jnp.asarray(head_weights, config.accum_dtype)
+    counts = whole["counts"].astype(config.accum_dtype)
+    weights = normalised_weights(masks, head_weights, counts)
+    entropy = functools.partial(
+        weighted_cross_entropy, functools.partial(_project, model), self,
+        kernel=base["embedding" if config.is_tied else "logits_kernel"],
+    )
+    if chosen is not None:
+      take = lambda x: jax.lax.dynamic_slice_in_dim(x, chosen, 1)
+      # Head 1 reads the state as it is.
+      other = addon.states(config, own, hidden, jnp.maximum(chosen + 1, 2))
+      states = jnp.where(chosen > 0, other, hidden[None])
+      loss, sums = entropy(states, targets=take(targets), weights=take(weights) * block_size)
+      place = lambda x: jnp.zeros([block_size], x.dtype).at[chosen].set(x[0])
+      return loss, jax.tree.map(place, sums)
+    repetition_weights = None
+    if self.unlikelihood and key is not None:
+      found = repetitions(
+          targets[0], batch["decoder_segment_ids"], batch.get("decoder_output_mask")
+      )
+      each = self.unlikelihood * head_weights[0] / jnp.maximum(counts[0], 1)
+      repetition_weights = jnp.where(found, each, 0)
+    loss, sums = entropy(
+        hidden[None], targets=targets[:1], weights=weights[:1],
+        repetition_weights=repetition_weights,
+    )
+    if block_size == 1:
+      return loss, sums
+    at = lambda x, axis: x
+    if positions is not None:
+      # The last position may be past the end; the one read in its place has no weight.
+      at = lambda x, axis: jnp.take(x, positions, axis, mode="clip")
+    draft_loss, draft_sums = entropy(
+        addon.states(config, own, at(hidden, 1)), targets=at(targets[1:], 2),
+        weights=at(weights[1:], 2),
+    )
+    return loss + draft_loss, jax.tree.map(
+        lambda x, y: jnp.concatenate([x, y]), sums, draft_sums
+    )
+
   def weights(self, block_size: int) -> tuple[float, ...]:
     """λ of each head; InputError where they aren't one for each of `block_size`."""
     weights = self.head_weights or (1.0,) * block_size
@@ -75,6 +169,26 @@ class Loss:
           "Loss.head_weights", self.head_weights, f"{block_size} numbers from 0, one a head"
       )
     return weights
+
+
+def _targets(
+    batch: dict[str, Array], block_size: int, positions: Array | None
+) -> tuple[Array, Array]:
+  """`head_targets` of a batch but for own outputs; drafts' at some positions alone."""
+  targets, masks = head_targets(
+      batch["decoder_target_tokens"], batch["decoder_segment_ids"], block_size
+  )
+  if "decoder_output_mask" in batch:
+    masks &= ~batch["decoder_output_mask"]
+  if positions is not None:
+    is_drawn = jnp.zeros([masks.shape[2]], bool).at[positions].set(True)
+    masks = masks.at[1:].set(masks[1:] & is_drawn)
+  return targets, masks
+
+
+def _project(model: EncoderDecoder, state: Array, kernel: Array) -> Array:
+  logits = project_logits(model.config, kernel, state, is_view=False)
+  return model.partitioning.constrain(logits, ("batch", "length", "vocab"))
 
 
 def head_targets(targets: Array, segments: Array, block_size: int) -> tuple[Array, Array]:

@@ -10,13 +10,16 @@ import os
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from bpd_jax.data.batches import assemble, Batches, Dataset
 from bpd_jax.errors import InputError
 from bpd_jax.folders import new_folder, read_object, write_object
+from bpd_jax.model.model import EncoderDecoder
 from bpd_jax.training.metrics import shown
-from bpd_jax.training.step import place_batch, Step
+from bpd_jax.training.objective import decoder_states
+from bpd_jax.training.step import place_batch
 
 INFO_FILE = "states.json"
 STATES_FILE = "states.bin"
@@ -24,6 +27,8 @@ TARGETS_FILE = "targets.npy"
 LENGTHS_FILE = "lengths.npy"
 
 PathLike = str | os.PathLike
+
+_READ = jax.jit(decoder_states, static_argnums=0)
 
 
 class HiddenStates:
@@ -65,7 +70,7 @@ class HiddenStates:
 
 def write_states(
     folder: PathLike,
-    step: Step,
+    model: EncoderDecoder,
     params: Any,
     dataset: Dataset,
     *,
@@ -78,8 +83,8 @@ def write_states(
 
   Args:
     folder: a path that doesn't exist yet.
-    step: of the run, for its model.
-    params: the model's.
+    model: the base, for its parameters as they are stored.
+    params: these.
     dataset: what to read.
     examples: which of it, by number.
     batch_size: rows read together.
@@ -95,7 +100,7 @@ def write_states(
   # Rows of like lengths are read together, and padded to one of few lengths.
   order = sorted(range(len(examples)), key=lambda i: dataset.lengths[examples[i], 0])
   groups = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-  config = step.config
+  config = model.config
   lengths = np.minimum(dataset.lengths[np.asarray(examples), 1], target_length)
   starts = np.cumsum(lengths) - lengths
   targets = np.zeros([lengths.sum()], np.int32)
@@ -111,7 +116,7 @@ def write_states(
           length = min(-(-longest // 64) * 64, input_length)
           rows += [[]] * (batch_size - len(rows))
           batch = assemble(rows, length, target_length, **config.special_ids)
-          hidden = step.hidden(params, place_batch(step.partitioning, batch))
+          hidden = _READ(model, params, place_batch(model.partitioning, batch))
           hidden = np.asarray(hidden).astype(dtype, copy=False)
           for place, i in enumerate(group):
             file.seek(starts[i] * row_bytes)

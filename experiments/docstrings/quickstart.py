@@ -26,7 +26,6 @@ from bpd_jax.launch import run
 from bpd_jax.terminal import plain_console
 
 OUTPUT = Path("runs/quickstart")
-SHIPPED = "experiments/docstrings/model"
 METHOD = "blockwise"
 TABLE_WIDTH = 140
 NUM_ROWS = 25  # of each task, decoded together
@@ -34,15 +33,14 @@ NUM_ROWS = 25  # of each task, decoded together
 
 def commands() -> dict[str, list[str]]:
   """Stages by name: a module of the package and its arguments."""
-  evaluate = lambda name, checkpoint: [
+  evaluate = lambda name, *options: [
       "evaluate", "--gin_file=experiments/docstrings/demo.gin",
-      f"--gin.CHECKPOINT='{checkpoint}'", f"--gin.OUTPUT='{OUTPUT / name}'",
-      f"--gin.MAX_EXAMPLES={NUM_ROWS}",
+      f"--gin.OUTPUT='{OUTPUT / name}'", f"--gin.MAX_EXAMPLES={NUM_ROWS}", *options,
   ]
   return {
       "train new heads": ["train", "--gin_file=experiments/docstrings/quickstart.gin"],
-      "evaluate new heads": evaluate("new", OUTPUT / "heads/model"),
-      "evaluate shipped heads": evaluate("shipped", SHIPPED),
+      "evaluate new heads": evaluate("new", f"--gin.ADDON='{OUTPUT / 'heads/addon'}'"),
+      "evaluate shipped heads": evaluate("shipped"),
   }
 
 

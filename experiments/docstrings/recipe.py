@@ -21,14 +21,15 @@ import gin
 import jax
 import jax.numpy as jnp
 
-from bpd_jax.checkpoints import describe, load_model, save_model
+from bpd_jax.addons.folder import load_addon, save_model_with
+from bpd_jax.checkpoints import describe
 from bpd_jax.data.rows import TASKS
 from bpd_jax.errors import check_number
 from bpd_jax.folders import new_file, read_object, write_object
+from bpd_jax.generation import load
 from bpd_jax.launch import read_gin, run
-from bpd_jax.partitioning import single_device
 from bpd_jax.terminal import plain_console
-from bpd_jax.train import MODEL_FOLDER, train
+from bpd_jax.train import ADDON_FOLDER, MODEL_FOLDER, train
 from bpd_jax.vocabulary import vocabulary_path
 
 RECIPE = "experiments/docstrings/recipe.gin"
@@ -55,17 +56,20 @@ def cache_command(folder: Path) -> list[str] | None:
   return ["-m", "bpd_jax.prepare", "cache", *missing, "--split", "train", "--to", str(folder)]
 
 
-def ship(source: Path, target: Path) -> None:
-  """Copies a model folder with its parameters in bfloat16, read back as float32."""
-  config, params = load_model(source, single_device())
-  small = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+def ship(source: Path, addon: Path, target: Path) -> None:
+  """Copies a base and its heads, parameters in bfloat16, read back as float32."""
+  base = load(source)
+  heads, own = load_addon(addon, base)
+  params, own = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), (base.params, own))
   # Whoever loads the folder computes in float32, however it was trained.
-  config = config.replace(dtype="float32")
-  save_model(target, config, small, vocabulary_path(source), may_replace=True)
+  config = base.config.replace(dtype="float32")
+  save_model_with(
+      target, config, params, vocabulary_path(source), heads, own, may_replace=True
+  )
   # Orbax notes where it wrote, for file systems without renaming; nothing reads it here.
   for note in target.rglob("commit_success.txt"):
     note.unlink()
-  print(describe(config, small))
+  print(describe({"base": params, "own": own}, heads.describe(config)))
   print(f"written to  {target}")
 
 
@@ -144,7 +148,10 @@ def main(argv: Sequence[str]) -> int:
     done[stage] = round(time.monotonic() - began)
     write_object(folder / DONE_FILE, done)
     write_curves(folder)
-  ship(folder / TRAINING[-1] / MODEL_FOLDER, folder / SHIPPED_FOLDER)
+  ship(
+      folder / TRAINING[-2] / MODEL_FOLDER, folder / TRAINING[-1] / ADDON_FOLDER,
+      folder / SHIPPED_FOLDER,
+  )
   return 0
 
 

@@ -21,6 +21,7 @@ from bpd_jax.evaluation.analysis import RECALLS
 from bpd_jax.evaluation.cost import token_cost
 from bpd_jax.evaluation.report import closed_text
 from bpd_jax.folders import read_object
+from bpd_jax.generation import load
 from bpd_jax.launch import run
 from bpd_jax.model.config import ModelConfig
 
@@ -52,7 +53,8 @@ def by_method(tasks: Mapping[str, Any], methods: Sequence[str], cell: Callable) 
 
 
 def tables(
-    tasks: Mapping[str, Any], analysis: Mapping[str, Any], config: ModelConfig, batch_size: int
+    tasks: Mapping[str, Any], analysis: Mapping[str, Any], config: ModelConfig,
+    head_d_ff: int, batch_size: int,
 ) -> Iterator[str]:
   """The tables, of tasks by name from `results.json` and `analysis.json`.
 
@@ -60,6 +62,7 @@ def tables(
     tasks: entries of `results.json`.
     analysis: those of `analysis.json`.
     config: the base's.
+    head_d_ff: width of its heads.
     batch_size: at which the tasks were measured.
   """
   methods = list(next(iter(tasks.values()))["methods"])
@@ -122,7 +125,7 @@ def tables(
     )
     cost = lambda length, mean=mean, heads=heads, scorers=scorers, search=search: token_cost(
         config, search.num_nodes, heads, mean, output_length=length, input_length=INPUT_LENGTH,
-        scorers=scorers, num_prefixes=search.num_prefixes,
+        scorers=scorers, num_prefixes=search.num_prefixes, head_d_ff=head_d_ff,
     )
     rows.append([
         method, f"{mean:.3f}", f"{cost(KV_LENGTHS[0]).parameter_bytes / 1e6:.2f}",
@@ -160,12 +163,13 @@ def tables(
       [name, str(own["rising_heads"]), *(f"{value:.2f}" for value in own["entropy"])]
       for name in tasks for own in [analysis[name]["heads"]]
   ]
+  num_heads = len(next(iter(analysis.values()))["heads"]["entropy"])
   yield markdown("Entropy by head, nats; up to which head it rises",
-                 ["task", "h_max", *map(str, range(1, config.block_size + 1))], heads)
+                 ["task", "h_max", *map(str, range(1, num_heads + 1))], heads)
   yield _regression(tasks, analysis)
   yield markdown(
       "Oracle by number of heads: block efficiency of the best choice among k candidates",
-      ["task", "k", *map(str, range(1, config.block_size + 1))],
+      ["task", "k", *map(str, range(1, num_heads + 1))],
       [[name, str(k), *(f"{heads[column]:.2f}" for heads in analysis[name]["heads"]["oracle"])]
        for name in tasks for column, k in enumerate(RECALLS)],
   )
@@ -266,10 +270,12 @@ def main(argv: Sequence[str]) -> None:
   args = parser.parse_args(argv)
   results = read_object(args.results / "results.json")
   analysis = read_object(args.results / "analysis.json")
-  config = load_config(results["checkpoint"])
+  model = load(results["checkpoint"])
   learned = {name: task for name, task in results["tasks"].items() if task["learned"]}
   tasks = learned or results["tasks"]
-  text = "\n".join(tables(tasks, analysis, config, results["batch_size"]))
+  text = "\n".join(tables(
+      tasks, analysis, model.config, model.own_heads[0].d_ff, results["batch_size"]
+  ))
   if args.single:
     single = read_object(args.single / "results.json")["tasks"]
     text += "\n" + time_table(tasks, single, results["batch_size"])
