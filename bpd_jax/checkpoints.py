@@ -1,4 +1,4 @@
-"""Model folders: `model.json`, Orbax `params/` and an optional vocabulary.
+"""Model folders: `model.json`, Orbax `params/`, an optional vocabulary; add-ons may lie beside.
 
 `save_model` writes a folder whole or not at all; `load_model` restores every
 parameter straight into its sharding, after comparing what is on disk with what
@@ -103,13 +103,13 @@ def save_arrays(folder: Path, arrays: Any) -> None:
     ) from error
 
 
-def read_arrays(folder: Path, target: Any, others: tuple[str, ...] = ()) -> Any:
+def read_arrays(folder: Path, target: Any, *, is_part: bool = False) -> Any:
   """Reads what `save_arrays` wrote, each array into its place.
 
   Args:
     folder: of the arrays.
     target: dicts of `jax.ShapeDtypeStruct` with shardings.
-    others: what the folder's outermost dict holds besides, which isn't read.
+    is_part: whether the folder's outermost dict may hold more, which isn't read.
 
   Raises:
     InputError: naming the array that is missing or of another shape; where the folder is
@@ -117,12 +117,13 @@ def read_arrays(folder: Path, target: Any, others: tuple[str, ...] = ()) -> Any:
   """
   with ocp.PyTreeCheckpointer() as checkpointer:
     found = _shapes_on_disk(checkpointer, folder)
-    found = {name: shape for name, shape in found.items() if name.split("/")[0] not in others}
+    if is_part:
+      found = {name: shape for name, shape in found.items() if name.split("/")[0] in target}
     check_shapes(found, leaf_shapes(target))
     try:
       return checkpointer.restore(folder, ocp.args.PyTreeRestore(
           item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target),
-          partial_restore=bool(others),
+          partial_restore=is_part,
       ))
     except Exception as error:  # Orbax raises a bare Exception for arrays that are cut.
       raise InputError("params", str(folder), f"a whole Orbax folder ({brief(error)})") from error
@@ -175,39 +176,21 @@ def load_model(
     )
   target = abstract_params(config, partitioning)
   partitioning.check_params(target)
-  others = () if _old_heads(folder) is None else (HEADS,)
-  return config, read_arrays(array_path(folder, "model folder") / PARAMS_FOLDER, target, others)
-
-
-def read_old_heads(
-    folder: PathLike, abstract: Callable[[int, int], Any]
-) -> tuple[tuple[int, int], Any] | None:
-  """The parallel heads of a folder of before, when they were the model's own parameters.
-
-  Args:
-    folder: a model folder.
-    abstract: of h and the heads' width, dicts of `jax.ShapeDtypeStruct` with shardings.
-
-  Returns:
-    h and width, and the arrays; None where the folder has none of before.
-
-  Raises:
-    InputError: see `read_arrays`.
-  """
-  sizes = _old_heads(folder)
-  if sizes is None:
-    return None
   path = array_path(folder, "model folder") / PARAMS_FOLDER
-  with ocp.PyTreeCheckpointer() as checkpointer:
-    others = {name.split("/")[0] for name in _shapes_on_disk(checkpointer, path)} - {HEADS}
-  return sizes, read_arrays(path, {HEADS: abstract(*sizes)}, tuple(others))[HEADS]
+  return config, read_arrays(path, target, is_part=old_heads(folder) is not None)
 
 
-def _old_heads(folder: PathLike) -> tuple[int, int] | None:
+def old_heads(folder: PathLike) -> tuple[int, int] | None:
   """h and width of the heads among a folder's parameters; None where there are none."""
   fields = read_object(local_path(folder, "model folder") / CONFIG_FILE)
   block_size, width = (fields.get(name, default) for name, default in OLD_HEADS.items())
   return (block_size, width) if isinstance(block_size, int) and block_size > 1 else None
+
+
+def read_old_heads(folder: PathLike, target: Any) -> Any:
+  """Those heads' arrays, see `read_arrays`."""
+  path = array_path(folder, "model folder") / PARAMS_FOLDER
+  return read_arrays(path, {HEADS: target}, is_part=True)[HEADS]
 
 
 def read_back(folder: Path, part: Any) -> None:

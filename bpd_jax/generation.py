@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from bpd_jax.addons.addon import VIEW as ADDON_VIEW
+from bpd_jax.addons.addon import ADDON_VIEW
 from bpd_jax.addons.folder import load_heads
 from bpd_jax.addons.heads import Heads
 from bpd_jax.checkpoints import load_fingerprint, load_model, params_fingerprint

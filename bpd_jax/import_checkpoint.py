@@ -43,8 +43,8 @@ def main(argv: Sequence[str]) -> None:
   parser.add_argument("--seed", type=int, default=0, help="of the fresh heads (default 0)")
   args = parser.parse_args(argv)
   check_new(args.target)
-  config, params, own = import_model(args.source)
   heads = Heads(1 if args.block_size is None else args.block_size, args.head_d_ff)
+  config, params, own = import_model(args.source)
   if own:
     found = Heads(own["w1"].shape[0] + 1, own["w1"].shape[2])
     if args.block_size not in (None, found.block_size):

@@ -9,7 +9,7 @@ The same command goes on where a run was stopped or killed. The run's folder get
 operative configuration; `environment.json`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
 import logging
@@ -23,14 +23,14 @@ import numpy as np
 from bpd_jax.addons.addon import Addon, make_addon
 from bpd_jax.addons.folder import (
     addon_name,
-    ADDONS_FOLDER,
     kind_of,
     load_addon,
+    own_addon,
     save_addon,
     save_model_with,
 )
 from bpd_jax.addons.heads import Heads
-from bpd_jax.checkpoints import describe, leaf_shapes, load_config
+from bpd_jax.checkpoints import describe, leaf_shapes, load_config, PARAMS_FOLDER
 from bpd_jax.data.batches import Batches, Dataset, shares
 from bpd_jax.data.datasets import (
     CachedTask,
@@ -61,7 +61,6 @@ from bpd_jax.training.loop import (
     train_steps,
     TrainingError,
 )
-from bpd_jax.training.loss import Loss
 from bpd_jax.training.metrics import Display
 from bpd_jax.training.objective import Objective, TEXTS
 from bpd_jax.training.optimizer import Optimizer
@@ -81,8 +80,8 @@ def train(
     *,
     config: ModelConfig | None = None,
     checkpoint: str | None = None,
-    addon: Addon = Heads(1),
-    objective: Objective = Loss(trains_base=True),
+    addon: Addon,
+    objective: Objective,
     has_fresh_addon: bool = False,
     dropout_rate: float | None = None,
     vocabulary: str | None = None,
@@ -122,7 +121,7 @@ def train(
     batch_size: rows of a step, over all devices and microbatches.
     input_length: tokens of a row's inputs; longer ones are cut.
     target_length: tokens of a row's targets; longer ones are cut.
-    is_packed: whether a row holds as many examples as fit; states always are.
+    is_packed: whether a row holds as many examples as fit; states from disk always are.
     num_microbatches: parts in which a batch is gone through.
     optimizer: how parameters follow gradients.
     average_decay: of a moving average of parameters that is used in their place.
@@ -149,7 +148,7 @@ def train(
     raise InputError(
         "train.config", "both" if config else None, "a config, or else a checkpoint to start from"
     )
-  check_what(addon, objective, checkpoint)
+  check_parts(addon, objective, checkpoint)
   if output_rates is not None:
     check_output_rates(output_rates, rates, objective, checkpoint)
   if checkpoint is not None:
@@ -167,17 +166,21 @@ def train(
     shares(rates, tasks)
   if validation is not None:
     read_tasks += check_tasks("Validation.tasks", validation.tasks)
-  check_schedule(schedule, validation, getattr(addon, "block_size", None))
+  check_schedule(
+      schedule, validation, addon.block_size if isinstance(addon, Heads) else None
+  )
   fingerprints = {task: task_fingerprint(task) for task in read_tasks}
-  has_first = objective.texts == "outputs" or objective.reads_states or output_rates
+  reads_base = objective.texts == "outputs" or objective.reads_states or output_rates
   identity = {
       "model": model_identity(config),
-      # Where it lies doesn't count, nor when it was copied there.
-      "checkpoint": None if checkpoint is None else contents_fingerprint(checkpoint),
+      # Where it lies doesn't count, nor when it was copied there, nor what came beside it.
+      "checkpoint": None if checkpoint is None else contents_fingerprint(
+          local_path(checkpoint, "model folder") / PARAMS_FOLDER
+      ),
       "addon": fields_of(addon), "objective": fields_of(objective),
       "has_fresh_addon": has_fresh_addon, "rates": rates, **sizes, "is_packed": is_packed,
       "optimizer": optimizer.to_dict(), "output_rates": output_rates,
-      "average_decay": average_decay, "max_states": max_states if has_first else None,
+      "average_decay": average_decay, "max_states": max_states if reads_base else None,
       "seed": seed, "vocabulary": words.fingerprint,
       "tasks": [fingerprints[task] for task in tasks],
   }
@@ -200,13 +203,14 @@ def train(
     """What is trained, as it is to begin with."""
     own, said = begin_addon(addon, base(), checkpoint, has_fresh_addon, seed)
     say(f"base: {'from scratch' if checkpoint is None else f'from {checkpoint}'}; {said}")
-    say(describe({"base": base().params, "own": own}, addon_text(addon, config)))
-    say(place_table(step))
-    return {"own": own} | ({"base": base().params} if objective.trains_base else {})
+    params = {"base": base().params, "own": own}
+    say(describe(params, addon.describe(config)))
+    say(place_table(partitioning, params))
+    return params if objective.trains_base else {"own": own}
 
   def take_params() -> dict[str, Any]:
     params = first_params()
-    # The state takes them over; there would be two copies of a large model else.
+    # The state takes their place; there would be two copies of a large model else.
     first_params.cache_clear()
     if objective.trains_base:
       base.cache_clear()
@@ -242,7 +246,13 @@ def train(
     say(f"an epoch is {batches.steps_per_epoch():,.1f} steps of {batch_size} rows")
 
     # --- steps ---
-    frozen = None if objective.trains_base else base()
+    frozen = None
+    if not objective.trains_base:
+      # Without what only reading texts needed: its view, its own heads.
+      frozen = Generator(
+          config, base().params, partitioning, words, fingerprint=base().fingerprint
+      )
+      base.cache_clear()
 
     def decoder(params: Any) -> tuple[Generator, Drafting | str]:
       behind = frozen or Generator(config, params["base"], partitioning, words)
@@ -276,7 +286,7 @@ def train(
     say(f"{folder} holds {which}")
 
 
-def check_what(addon: Addon, objective: Objective, checkpoint: str | None) -> None:
+def check_parts(addon: Addon, objective: Objective, checkpoint: str | None) -> None:
   """Raises InputError where there is nothing of what is to be trained, or to be read."""
   for name, value, kind in (("addon", addon, Addon), ("objective", objective, Objective)):
     if not (isinstance(value, kind) and dataclasses.is_dataclass(value)):
@@ -284,8 +294,11 @@ def check_what(addon: Addon, objective: Objective, checkpoint: str | None) -> No
           f"train.{name}", value, f"of a class derived from {kind.__name__}, a dataclass"
       )
   kind_of(addon)
+  addon_name(addon)
   if objective.texts not in TEXTS:
     raise InputError("objective.texts", objective.texts, f"one of {TEXTS}")
+  if objective.trains_base and objective.reads_states:
+    raise InputError("objective.reads_states", True, "False where the base is trained")
   if checkpoint is None and not (objective.trains_base and objective.texts == "references"):
     raise InputError(
         "train.checkpoint", None, "a model folder, where the base isn't trained or is to be read"
@@ -309,32 +322,28 @@ def begin_addon(
   if checkpoint is not None and not is_fresh:
     if isinstance(addon, Heads):
       found, own = base.own_heads
-    elif (Path(checkpoint) / ADDONS_FOLDER / name).is_dir():
-      found, own = load_addon(Path(checkpoint) / ADDONS_FOLDER / name, base)
+    elif (folder := own_addon(checkpoint, name)).is_dir():
+      found, own = load_addon(folder, base)
   if not jax.tree.leaves(own):
     own = addon.begin(base.config, base.partitioning, jax.random.key(seed))
     return own, f"{name}: {'new' if jax.tree.leaves(own) else 'none'}"
   wanted = addon.abstract(base.config, base.partitioning)
   if type(found) is not type(addon) or leaf_shapes(wanted) != leaf_shapes(own):
     raise InputError(
-        "train.addon", addon, f"{found}, as in {checkpoint}, or else has_fresh_addon"
+        "train.addon", addon, f"{found}, as in {checkpoint}, or FRESH (train.has_fresh_addon)"
     )
   return own, f"{name}: from {checkpoint}"
-
-
-def addon_text(addon: Addon, config: ModelConfig) -> str:
-  """What is said of an add-on before it is trained."""
-  return addon.describe(config) if isinstance(addon, Heads) else f"1, and {addon}"
 
 
 def fields_of(part: Any) -> dict[str, Any]:
   """Kind and fields of an add-on or objective, ready for JSON."""
   kind = type(part)
-  return {"kind": f"{kind.__module__}:{kind.__qualname__}", **dataclasses.asdict(part)}
+  return {"kind": f"{kind.__module__}:{kind.__qualname__}", "config": dataclasses.asdict(part)}
 
 
 def make_batches(
-    workdir: Path, datasets: Sequence[Dataset], base, objective: Objective, *,
+    workdir: Path, datasets: Sequence[Dataset], base: Callable[[], Generator],
+    objective: Objective, *,
     rates: Sequence[float] | None, output_rates: Sequence[float] | None, max_states: int,
     batch_size: int, is_packed: bool, seed: int, lengths: Mapping[str, int],
     config: ModelConfig,
@@ -350,34 +359,44 @@ def make_batches(
     lengths: `input_length` and `target_length`.
     config: of the model.
   """
-  chosen = [drawn_examples(x, number, max_states, seed) for number, x in enumerate(datasets)]
-  outputs_of = lambda number, folder: distil(
-      workdir / folder / str(number), base(), datasets[number], examples=chosen[number],
-      batch_size=batch_size, **lengths,
-  )
+  sizes = {"batch_size": batch_size, **lengths}
+
+  def outputs_of(number: int) -> Dataset:
+    return distil(
+        workdir / "outputs" / str(number), base(), datasets[number],
+        examples=drawn_examples(datasets[number], number, max_states, seed), **sizes,
+    )
+
+  def states_of(number: int) -> HiddenStates:
+    folder = workdir / "states" / str(number)
+    if folder.is_dir():
+      return HiddenStates(folder)
+    if objective.texts == "outputs":
+      dataset = outputs_of(number)
+      examples = range(len(dataset.lengths))
+    else:
+      dataset = datasets[number]
+      examples = drawn_examples(dataset, number, max_states, seed)
+    model = EncoderDecoder(config, base().partitioning)
+    return write_states(folder, model, base().params, dataset, examples=examples, **sizes)
+
+  common = {"batch_size": batch_size, "seed": seed, **config.special_ids}
+  numbers = range(len(datasets))
+  if objective.reads_states and jax.process_count() == 1:
+    return StateBatches(
+        [states_of(number) for number in numbers], rates=rates,
+        target_length=lengths["target_length"], **common,
+    )
   outputs = []
   if objective.texts == "outputs":
-    datasets = [outputs_of(number, "outputs") for number in range(len(datasets))]
-    chosen = [range(len(dataset.lengths)) for dataset in datasets]
+    datasets = [outputs_of(number) for number in numbers]
   elif output_rates is not None:
-    outputs = [outputs_of(number, "outputs") for number, rate in enumerate(output_rates) if rate]
+    outputs = [outputs_of(number) for number in numbers if output_rates[number]]
     rates = [*rates, *(rate for rate in output_rates if rate)]
-  common = {"rates": rates, "batch_size": batch_size, "seed": seed, **config.special_ids}
-  if objective.reads_states and jax.process_count() == 1:
-    folders = [workdir / "states" / str(number) for number in range(len(datasets))]
-    for folder, dataset, examples in zip(folders, datasets, chosen):
-      if not folder.is_dir():
-        write_states(
-            folder, EncoderDecoder(config, base().partitioning), base().params, dataset,
-            examples=examples, batch_size=batch_size, **lengths,
-        )
-    return StateBatches(
-        [HiddenStates(folder) for folder in folders], target_length=lengths["target_length"],
-        **common,
-    )
   return Batches(
       [*datasets, *outputs], num_outputs=len(outputs), is_packed=is_packed,
-      process_index=jax.process_index(), process_count=jax.process_count(), **common, **lengths,
+      rates=rates, process_index=jax.process_index(), process_count=jax.process_count(),
+      **common, **lengths,
   )
 
 
@@ -429,7 +448,9 @@ def check_output_rates(
   if checkpoint is None:
     raise InputError("train.checkpoint", None, "a model folder with output_rates")
   if not objective.unlearns_loops:
-    raise InputError("Loss.unlikelihood", 0.0, "above 0 with output_rates")
+    raise InputError(
+        "train.objective", objective, "one that unlearns loops, as Loss with unlikelihood above 0"
+    )
 
 
 def check_schedule(
@@ -476,11 +497,11 @@ def write_records(workdir: str) -> None:
     ) from error
 
 
-def place_table(step: Step) -> str:
+def place_table(partitioning: Partitioning, params: Any) -> str:
   """Parameters with their shapes and places, one a line, where there is a mesh."""
-  if step.partitioning.mesh.size == 1:
+  if partitioning.mesh.size == 1:
     return "all on one device"
-  leaves = jax.tree_util.tree_leaves_with_path(step.abstract_state.params)
+  leaves = jax.tree_util.tree_leaves_with_path(params)
   return "\n".join(
       f"{jax.tree_util.keystr(path, simple=True, separator='/'):60} {str(leaf.shape):22} "
       f"{leaf.sharding.spec}  {leaf.size * leaf.dtype.itemsize / 1e6:,.1f} MB"

@@ -37,6 +37,7 @@ from bpd_jax.generation import load
 from bpd_jax.reader import ModelReader
 from bpd_jax.train import begin_addon, train
 from bpd_jax.training.loop import Schedule
+from bpd_jax.training.loss import Loss
 from bpd_jax.training.objective import decoder_states, Objective
 from bpd_jax.training.optimizer import Optimizer
 
@@ -109,10 +110,10 @@ class Ahead(Objective):
     there = [(shift(segments, i) == segments) & (segments > 0) for i in steps]
     return jnp.stack([shift(tokens, i) for i in steps]), jnp.stack(there)
 
-  def whole(self, addon, batch, key):
+  def shared(self, addon, batch, key):
     return (batch["decoder_segment_ids"] > 0).sum()
 
-  def loss(self, addon, model, base, own, batch, whole, key):
+  def loss(self, addon, model, base, own, batch, shared, key):
     hidden = decoder_states(model, base, batch)
     states = hidden + jnp.einsum("bld,ide->ible", hidden, own["turn"])
     logits = model.apply({"params": base}, states, method="logits")
@@ -124,7 +125,7 @@ class Ahead(Objective):
         "nll": add(nll), "correct": add((logits.argmax(-1) == targets).astype(nll.dtype)),
         "count": add(jnp.ones_like(nll)),
     }
-    return sums["nll"].sum() / whole, sums
+    return sums["nll"].sum() / shared, sums
 
 
 def work(folder, partitioning=None):
@@ -282,7 +283,17 @@ def test_what_it_cant_draft_is_named_before_anything_compiles(one, folder):
     with pytest.raises(InputError, match=f"train.{name} = .*: allowed is of a class derived"):
       train(str(folder / "never"), [], Schedule(1), checkpoint=str(SHIPPED), **parts)
   with pytest.raises(InputError, match="objective = 'Loss': allowed is one that trains Turn"):
-    train(str(folder / "never"), [], Schedule(1), checkpoint=str(SHIPPED), addon=Turn())
+    train(
+        str(folder / "never"), [], Schedule(1), checkpoint=str(SHIPPED), addon=Turn(),
+        objective=Loss(),
+    )
+  both = dataclasses.replace(Ahead("references"))
+  object.__setattr__(both, "trains_base", True)
+  with pytest.raises(InputError, match="reads_states = True: allowed is False where the base is"):
+    train(
+        str(folder / "never"), [], Schedule(1), checkpoint=str(SHIPPED), addon=Turn(),
+        objective=both,
+    )
   with pytest.raises(InputError, match="train.checkpoint = None: allowed is a model folder, where"):
     train(
         str(folder / "never"), [], Schedule(1), config=base.config, addon=Turn(),

@@ -28,7 +28,7 @@ def gin_commands():
     for line in lines:
       found = re.search(r"python -m bpd_jax\.(train|evaluate|plan) (.*)", line)
       # But for files of the reader's, and what stands for many.
-      if found and "--gin_file" in line and not re.search(r"copying\.gin|…|\$", line):
+      if found and "--gin_file" in line and not re.search(r"(copying|turning)\.gin|…|\$", line):
         yield page.name, found[1], shlex.split(found[2], comments=True)
 
 

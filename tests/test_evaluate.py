@@ -617,7 +617,7 @@ def test_run_file_says_what_it_runs(model_folder, rows_file, tmp_path):
   assert {name: (x["block_size"], x["draft"]) for name, x in methods.items()} == {
       "greedy": (1, {"drafter": "greedy"}),
       "blockwise": (2, {"drafter": "Draft", "block_size": 2, "top_k": 1, "addon": None}),
-      "perfect": (2, {"drafter": "Reference", "block_size": 2}),
+      "perfect": (2, {"drafter": "Reference", "block_size": 2, "addon": None}),
   }
 
 

@@ -156,10 +156,10 @@ class Foresight(Objective):
   texts: str = "references"
   reads_states: bool = False
 
-  def whole(self, addon, batch, key):
+  def shared(self, addon, batch, key):
     return (batch["decoder_segment_ids"] > 0).sum()
 
-  def loss(self, addon, model, base, own, batch, whole, key):
+  def loss(self, addon, model, base, own, batch, shared, key):
     config = model.config
     view, apply = decode_view(config, base), EncoderDecoder(
         config, model.partitioning, is_view=True
@@ -190,7 +190,7 @@ class Foresight(Objective):
       correct.append((there & (own_logs.argmax(-1) == right)).sum().astype(value.dtype))
       count.append(there.sum().astype(value.dtype))
     sums = {"nll": jnp.stack(nll), "correct": jnp.stack(correct), "count": jnp.stack(count)}
-    return sums["nll"].sum() / whole, sums
+    return sums["nll"].sum() / shared, sums
 
 
 def test_a_drafter_that_says_another_number_of_probes_is_named(model, learned, prompts):

@@ -50,6 +50,11 @@ def test_it_is_small_and_reads_as_float32(model):
     assert kernel.any() and not (kernel.view(np.uint32) & 0xFFFF).any()
 
 
+def test_a_folder_below_home_keeps_its_heads(model, monkeypatch):
+  monkeypatch.setenv("HOME", str(FOLDER))
+  assert bpd_jax.load("~/model").own_heads[0] == model.own_heads[0]
+
+
 def test_it_copies_code_in_blocks_and_says_what_greedy_says(model):
   prompts = [PROMPT, *(row["inputs"] for row in load_rows("code_format", "test")[:3])]
   greedy = model.generate(prompts, "greedy", batch_size=4)

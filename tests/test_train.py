@@ -1,4 +1,4 @@
-"""`python -m bpd_jax.train`: killed anywhere, its modes, and bad input."""
+"""`python -m bpd_jax.train`: killed anywhere, what it trains, and bad input."""
 
 import random
 import re
@@ -321,8 +321,8 @@ def test_a_loss_of_nan_ends_with_status_1(rows, whole, tmp_path, capsys, monkeyp
     ({"DROPOUT_RATE": 0.2}, r"model\.dropout_rate = 0\.2: allowed is 0\.1"),
     ({"BATCH_SIZE": 8}, "batch_size = 8: allowed is 4"),
     ({"Optimizer__b1": 0.5}, r"optimizer\.b1 = 0\.5: allowed is 0\.9"),
-    ({"Loss__head_weights": (1, 1, 0)}, r"objective\.head_weights = \[1, 1, 0\]: allowed is None"),
-    ({"BLOCK_SIZE": 2}, r"addon\.block_size = 2: allowed is 3"),
+    ({"Loss__head_weights": (1, 1, 0)}, r"objective\.config\.head_weights = \[1, 1, 0\]: allowed is None"),
+    ({"BLOCK_SIZE": 2}, r"addon\.config\.block_size = 2: allowed is 3"),
     ({"SEED": 1}, "seed = 1: allowed is 0"),
     ({"INPUTS": "targets"}, r"tasks = \['\w{16}'\]: allowed is \['\w{16}'\]"),
 ])

@@ -56,6 +56,11 @@ class Addon:
   tuples of them. An instance is hashable and equal by its values.
   """
 
+  def describe(self, config: ModelConfig) -> str:
+    """What is said of a base's heads where this is trained."""
+    del config
+    return f"1, and {self}"
+
   def init(self, config: ModelConfig, key: jax.Array) -> Any:
     """Parameters to begin with.
 
@@ -109,12 +114,12 @@ def make_addon(
 ) -> Made:
   """An add-on's parameters, ready to decode behind their base."""
   return addon.make(
-      ModelReader(base.model), VIEW(addon, own), block_size=block_size, top_k=top_k
+      ModelReader(base.model), ADDON_VIEW(addon, own), block_size=block_size, top_k=top_k
   )
 
 
 # Of an add-on and its parameters, what decoding reads.
-VIEW = jax.jit(lambda addon, own: addon.view(own), static_argnums=0)
+ADDON_VIEW = jax.jit(lambda addon, own: addon.view(own), static_argnums=0)
 
 
 @functools.lru_cache

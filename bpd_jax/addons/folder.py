@@ -6,18 +6,26 @@ add-ons in `addons/`, of which `heads` are read with the model.
 """
 
 import dataclasses
-import functools
 import importlib
 from pathlib import Path
 import sys
 from typing import Any
+import weakref
 
 import jax
 
 from bpd_jax.addons.addon import Addon, Base, Made, make_addon
 from bpd_jax.addons.heads import Heads
-from bpd_jax.checkpoints import read_arrays, read_old_heads, save_arrays, save_model
-from bpd_jax.errors import InputError
+from bpd_jax.checkpoints import (
+    check_shapes,
+    leaf_shapes,
+    old_heads,
+    read_arrays,
+    read_old_heads,
+    save_arrays,
+    save_model,
+)
+from bpd_jax.errors import brief, InputError
 from bpd_jax.folders import (
     array_path,
     check_new,
@@ -29,12 +37,14 @@ from bpd_jax.folders import (
     write_object,
 )
 from bpd_jax.model.config import ModelConfig
+from bpd_jax.partitioning import single_device
 from bpd_jax.vocabulary import open_vocabulary
 
 ADDON_FILE = "addon.json"
 PARAMS_FOLDER = "params"
 # In a model's folder; each of its add-ons lies there under its class's name.
 ADDONS_FOLDER = "addons"
+HEADS = "heads"
 
 
 def save_addon(
@@ -55,15 +65,20 @@ def save_addon(
     InputError: where the folder exists, can't be written or isn't readable afterwards.
   """
   array_path(folder, "addon")
-  kind_of(addon)
+  _check(addon, own, base.config)
   if not may_replace:
     check_new(folder)
   # Where it isn't known, all processes find it out together.
   fingerprint = base.fingerprint
-  with new_folder(folder, may_replace=may_replace) as partial:
-    _write(
-        partial, addon, own, base.config, fingerprint, base.vocabulary_fingerprint, recipe
-    )
+  try:
+    with new_folder(folder, may_replace=may_replace) as partial:
+      _write(
+          partial, addon, own, base.config, fingerprint, base.vocabulary_fingerprint, recipe
+      )
+  except OSError as error:
+    raise InputError(
+        "folder", str(folder), f"a path that can be written ({brief(error)})"
+    ) from error
 
 
 def save_model_with(
@@ -76,17 +91,17 @@ def save_model_with(
     folder, config, params, vocabulary_file, may_replace: see `save_model`.
     addon: its config.
     own: its parameters; where there are none, there is no folder of it.
-    recipe: what both were trained with.
+    recipe: what the add-on was trained with.
 
   Raises:
     InputError: see `save_model` and `save_addon`.
   """
-  kind_of(addon)
+  _check(addon, own, config)
+  words = None
+  if vocabulary_file is not None:
+    words = open_vocabulary(vocabulary_file, config.vocab_size).fingerprint
 
   def beside(partial: Path, fingerprint: str) -> None:
-    words = vocabulary_file
-    if words is not None:
-      words = open_vocabulary(words, config.vocab_size).fingerprint
     place = partial / ADDONS_FOLDER / addon_name(addon)
     place.mkdir(parents=True, exist_ok=True)
     _write(place, addon, own, config, fingerprint, words, recipe)
@@ -106,8 +121,23 @@ def kind_of(addon: Addon) -> str:
 
 
 def addon_name(addon: Addon) -> str:
-  """What an add-on's folder in `ADDONS_FOLDER` of a model is called."""
-  return type(addon).__name__.lower()
+  """What an add-on's folder in a model is called; InputError where it would be the heads'."""
+  name = type(addon).__name__.lower()
+  if name == HEADS and not isinstance(addon, Heads):
+    raise InputError("addon", kind_of(addon), "of a class of another name")
+  return name
+
+
+def own_addon(folder: PathLike, name: str) -> Path:
+  """Where a model's folder has its own add-on of a name, if it does."""
+  return local_path(folder, "model folder") / ADDONS_FOLDER / name
+
+
+def _check(addon: Addon, own: Any, config: ModelConfig) -> None:
+  """Raises InputError where nobody could read what is to be written."""
+  kind_of(addon)
+  wanted = addon.abstract(config.with_dtype("float32"), single_device())
+  check_shapes(leaf_shapes(own), leaf_shapes(wanted))
 
 
 def _write(
@@ -135,16 +165,19 @@ def load_heads(folder: PathLike, base: Base) -> tuple[Heads, Any]:
   Raises:
     InputError: see `load_addon`.
   """
-  path = Path(folder) / ADDONS_FOLDER / addon_name(Heads())
+  path = own_addon(folder, HEADS)
   if path.is_dir():
     addon, own = load_addon(path, base)
     if not isinstance(addon, Heads):
-      raise InputError(f"{path} kind", kind_of(addon), kind_of(Heads()))
+      raise InputError(f"{path} kind", kind_of(addon), kind_of(Heads(1)))
     return addon, own
-  old = read_old_heads(
-      folder, lambda *sizes: Heads(*sizes).abstract(base.config, base.partitioning)
-  )
-  return (Heads(1), {}) if old is None else (Heads(*old[0]), old[1])
+  old = old_heads(folder)
+  if old is None:
+    return Heads(1), {}
+  heads = Heads(*old)
+  target = heads.abstract(base.config, base.partitioning)
+  base.partitioning.check_params(target)
+  return heads, read_old_heads(folder, target)
 
 
 def load_addon(folder: PathLike, base: Base) -> tuple[Addon, Any]:
@@ -189,16 +222,15 @@ def load_made(
     InputError: see `load_addon` and `Addon.make`.
   """
   # By the contents, as another add-on may come to lie there.
-  contents = contents_fingerprint(folder, "addon")
-  return _load_made(str(folder), contents, base, block_size, top_k)
+  key = (str(folder), contents_fingerprint(folder, "addon"), block_size, top_k)
+  made = _MADE.setdefault(base, {})
+  if key not in made:
+    made[key] = make_addon(*load_addon(folder, base), base, block_size, top_k)
+  return made[key]
 
 
-@functools.lru_cache(maxsize=8)
-def _load_made(
-    folder: str, contents: str, base: Base, block_size: int | None, top_k: int
-) -> Made:
-  del contents
-  return make_addon(*load_addon(folder, base), base, block_size, top_k)
+# Of each model what was loaded behind it, which goes when it goes.
+_MADE: weakref.WeakKeyDictionary[Base, dict[Any, Made]] = weakref.WeakKeyDictionary()
 
 
 def _read_addon(path: Path, found: dict[str, Any]) -> Addon:

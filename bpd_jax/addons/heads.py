@@ -33,7 +33,7 @@ class Heads(Addon):
     d_ff: width inside each head; the base's by default.
   """
 
-  block_size: int = 8
+  block_size: int
   d_ff: int | None = None
 
   def __post_init__(self):

@@ -29,15 +29,15 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from bpd_jax.addons.addon import VIEW
+from bpd_jax.addons.addon import ADDON_VIEW
 from bpd_jax.addons.heads import Heads
 from bpd_jax.benchmark.engines import (
-  missing_packages,
-  PACKAGES,
-  PAUSE_SECONDS,
-  quiet_transformers,
-  Spread,
-  Worker,
+    missing_packages,
+    PACKAGES,
+    PAUSE_SECONDS,
+    quiet_transformers,
+    Spread,
+    Worker,
 )
 from bpd_jax.decoding.drafters.reference import ReferenceDrafter
 from bpd_jax.decoding.types import Context, Drafting, Prompt
@@ -115,7 +115,7 @@ class Decoder:
     self._model = model
     heads = Heads(BLOCK_SIZE)
     own = heads.begin(config, single_device(), jax.random.key(1))
-    self._drafting = functools.partial(heads.make, ModelReader(model), VIEW(heads, own))
+    self._drafting = functools.partial(heads.make, ModelReader(model), ADDON_VIEW(heads, own))
 
   def prefill(self, inputs: np.ndarray) -> tuple[Context, float]:
     """Runs the encoder over [batch, input length]; the context and seconds."""

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from bpd_jax.addons.addon import VIEW
+from bpd_jax.addons.addon import ADDON_VIEW
 from bpd_jax.addons.heads import Heads, HeadsReader
 from bpd_jax.benchmark.engines import check_counts, PAUSE_SECONDS, Spread, Worker
 from bpd_jax.data.rows import load_rows, TASKS, VOCABULARY_FILE
@@ -263,7 +263,7 @@ def _decoder_call(config: ModelConfig, options: RescoringOptions, batch_size: in
       init_params(config, single_device(), jax.random.key(0))
   )
   heads, reader = Heads(options.depth + 1), HeadsReader(model)
-  own = VIEW(heads, heads.begin(config, single_device(), jax.random.key(1)))
+  own = ADDON_VIEW(heads, heads.begin(config, single_device(), jax.random.key(1)))
   inputs = np.full([batch_size, options.input_length], 5, np.int32)
   context = jax.jit(functools.partial(prefill, model))(
       view, inputs, np.full([batch_size], options.input_length, np.int32)

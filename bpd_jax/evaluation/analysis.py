@@ -29,12 +29,15 @@ RECALLS = (1, 2, 4, 8, 16)
 ROWS = 4
 
 
-def head_statistics(generator: Generator, recording: Recording) -> dict[str, list]:
+def head_statistics(
+    generator: Generator, recording: Recording, heads: Drafting | None = None
+) -> dict[str, list]:
   """What each head knows, over every position of greedy's output that it has a token for.
 
   Args:
     generator: the recorded model.
     recording: of its greedy output.
+    heads: what drafts, by `HeadsDrafter`; by default all of the model's own.
 
   Returns:
     Lists by head, head 1 first: `positions`; `accuracy`; `entropy`, the mean in nats
@@ -42,8 +45,9 @@ def head_statistics(generator: Generator, recording: Recording) -> dict[str, lis
     `RECALLS`; `oracle`, the same of block efficiencies with so many heads, see
     `oracle_calls`.
   """
-  reader, num_heads = HeadsReader(generator.model), generator.block_size - 1
-  params = Params(generator.view, generator.heads().params)
+  heads = heads or generator.heads()
+  reader, num_heads = HeadsReader(generator.model), heads.drafter.depth
+  params = Params(generator.view, heads.params)
   ranks, entropies = [], []
   for first in range(0, len(recording), ROWS):
     part = np.arange(first, first + ROWS)

@@ -28,7 +28,7 @@ from bpd_jax.evaluation.analysis import (
   rising_heads,
 )
 from bpd_jax.evaluation.cost import token_cost
-from bpd_jax.evaluation.drafting import describe_draft
+from bpd_jax.evaluation.drafting import describe_draft, Draft
 from bpd_jax.evaluation.quality import is_looping
 from bpd_jax.evaluation.replay import Recording, replay
 from bpd_jax.evaluation.run import Method
@@ -73,13 +73,17 @@ def analyse_task(
   }
   settings = {name: generator.settings(**own) for name, own in options.items()}
   methods = [x for x in methods if settings[x.name].drafter.depth]
-  heads = None
-  if generator.block_size > 1:
-    heads = head_statistics(generator, recording)
-    heads["rising_heads"] = rising_heads(heads["entropy"])
   # Methods that re-score the same heads are compared with these as they are.
   drafter = lambda x: settings[x.name].drafter
   has_heads = lambda x: isinstance(drafter(x), HeadsDrafter)
+  drafts = [x.draft for x in methods if has_heads(x) and isinstance(x.draft, Draft)]
+  everything = generator.heads()
+  if drafts:  # Of an add-on, say.
+    everything = dataclasses.replace(drafts[0], block_size=None, top_k=1).make(generator)
+  heads = None
+  if everything.drafter.depth:
+    heads = head_statistics(generator, recording, everything)
+    heads["rising_heads"] = rising_heads(heads["entropy"])
   plain = next(
       (x for x in methods
        if has_heads(x) and drafter(x).num_candidates == 1 and not x.scorers), None

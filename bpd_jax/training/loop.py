@@ -53,6 +53,9 @@ class BatchSource(Protocol):
   def batch(self, step: int) -> dict[str, np.ndarray]:
     """This process's rows."""
 
+  def steps_per_epoch(self) -> float:
+    """Steps in which every example comes once."""
+
 
 # (parameters, step) -> figures by name.
 Evaluate = Callable[[Any, int], Mapping[str, float]]

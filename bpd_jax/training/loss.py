@@ -90,13 +90,13 @@ class Loss(Objective):
 
   def check(self, addon: Any) -> None:
     """Raises InputError for what aren't heads, or where nothing would be learned."""
-    if not callable(getattr(addon, "states", None)):
+    if not (hasattr(addon, "states") and hasattr(addon, "block_size")):
       raise InputError("objective", "Loss", f"one that trains {type(addon).__name__}")
     if addon.block_size == 1 and not self.trains_base:
       raise InputError("Heads.block_size", 1, "2 or more behind a frozen base")
     self.weights(addon.block_size)
 
-  def whole(self, addon: Any, batch: dict[str, Array], key: Array | None) -> dict[str, Any]:
+  def shared(self, addon: Any, batch: dict[str, Array], key: Array | None) -> dict[str, Any]:
     """`counts` [heads], targets of each head; `positions` drafts are read at and `chosen`,
     the one head, None for all."""
     block_size = addon.block_size
@@ -104,7 +104,7 @@ class Loss(Objective):
     if key is not None and self.draft_stride > 1 and block_size > 1:
       length, stride = batch["decoder_segment_ids"].shape[1], self.draft_stride
       positions = jax.random.randint(key, [], 0, stride) + jnp.arange(0, length, stride)
-    if key is not None and self.one_random_head:
+    if key is not None and self.one_random_head and block_size > 1:
       # In proportion to nothing: what each head weighs is in its λ.
       chosen = jax.random.randint(key, [], 0, block_size)
     _, masks = _targets(batch, block_size, positions)
@@ -112,17 +112,17 @@ class Loss(Objective):
 
   def loss(
       self, addon: Any, model: EncoderDecoder, base: Any, own: Any,
-      batch: dict[str, Array], whole: dict[str, Any], key: Array | None,
+      batch: dict[str, Array], shared: dict[str, Any], key: Array | None,
   ) -> tuple[Array, dict[str, Array]]:
     """See `Objective.loss`."""
     config, block_size = model.config, addon.block_size
-    positions, chosen = whole["positions"], whole["chosen"]
+    positions, chosen = shared["positions"], shared["chosen"]
     hidden = decoder_states(model, base, batch, key if self.trains_base else None)
     targets, masks = _targets(batch, block_size, positions)
     # Heads that weigh nothing are measured too.
     head_weights = (1.0,) * block_size if key is None else self.weights(block_size)
     head_weights = jnp.asarray(head_weights, config.accum_dtype)
-    counts = whole["counts"].astype(config.accum_dtype)
+    counts = shared["counts"].astype(config.accum_dtype)
     weights = normalised_weights(masks, head_weights, counts)
     entropy = functools.partial(
         weighted_cross_entropy, functools.partial(_project, model), self,

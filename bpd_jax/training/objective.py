@@ -33,7 +33,7 @@ class Objective:
   def check(self, addon: Any) -> None:
     """Raises InputError where the add-on can't learn from it."""
 
-  def whole(self, addon: Any, batch: dict[str, Array], key: Array | None) -> Any:
+  def shared(self, addon: Any, batch: dict[str, Array], key: Array | None) -> Any:
     """What is the same for all parts of a batch: numbers that sums are divided by, draws.
 
     Args:
@@ -48,7 +48,7 @@ class Objective:
 
   def loss(
       self, addon: Any, model: EncoderDecoder, base: Any, own: Any,
-      batch: dict[str, Array], whole: Any, key: Array | None,
+      batch: dict[str, Array], shared: Any, key: Array | None,
   ) -> tuple[Array, dict[str, Array]]:
     """What a part of a batch adds to the loss.
 
@@ -59,7 +59,7 @@ class Objective:
       own: the add-on's parameters, which are differentiated.
       batch: `decoder_target_tokens`, `decoder_segment_ids` and what else
         `bpd_jax.data.batches.Batch` has, of the part; see `decoder_states`.
-      whole: of the whole batch.
+      shared: see there.
       key: of what is drawn; None where a loss is only measured.
 
     Returns:

@@ -131,15 +131,15 @@ class Step:
   ) -> tuple[Any, Any]:
     """Gradients of the parameters and the step's metrics; for `jax.jit`."""
     num_parts = self._num_microbatches
-    part_key, whole_key = jax.random.split(key)
-    whole = self._objective.whole(self._addon, batch, whole_key)
+    part_key, shared_key = jax.random.split(key)
+    shared = self._objective.shared(self._addon, batch, shared_key)
     parts = (
         jax.tree.map(lambda x: split_batch(x, num_parts), batch),
         jax.random.split(part_key, num_parts),
     )
 
     def loss(params, batch, key):
-      return self._loss(params, base, batch, whole, key)
+      return self._loss(params, base, batch, shared, key)
 
     def part(batch_and_key):
       (loss_part, sums), grads = jax.value_and_grad(loss, has_aux=True)(params, *batch_and_key)
@@ -156,14 +156,14 @@ class Step:
     """The parameters to use: the moving average where there is one."""
     return state.params if state.average is None else state.average
 
-  def _loss(self, params, base, batch, whole, key):
+  def _loss(self, params, base, batch, shared, key):
     return self._objective.loss(
-        self._addon, self._model, params.get("base", base), params["own"], batch, whole, key
+        self._addon, self._model, params.get("base", base), params["own"], batch, shared, key
     )
 
   def _sums(self, params, batch, base):
-    whole = self._objective.whole(self._addon, batch, None)
-    return self._loss(params, base, batch, whole, None)[1]
+    shared = self._objective.shared(self._addon, batch, None)
+    return self._loss(params, base, batch, shared, None)[1]
 
   def _init(self, params) -> TrainState:
     average = None if self._average_decay is None else jax.tree.map(jnp.array, params)

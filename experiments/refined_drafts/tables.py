@@ -273,9 +273,8 @@ def main(argv: Sequence[str]) -> None:
   model = load(results["checkpoint"])
   learned = {name: task for name, task in results["tasks"].items() if task["learned"]}
   tasks = learned or results["tasks"]
-  text = "\n".join(tables(
-      tasks, analysis, model.config, model.own_heads[0].d_ff, results["batch_size"]
-  ))
+  head_d_ff = model.own_heads[0].d_ff or model.config.d_ff
+  text = "\n".join(tables(tasks, analysis, model.config, head_d_ff, results["batch_size"]))
   if args.single:
     single = read_object(args.single / "results.json")["tasks"]
     text += "\n" + time_table(tasks, single, results["batch_size"])
