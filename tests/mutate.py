@@ -440,7 +440,7 @@ def main(words: Sequence[str]) -> int:
   survived = 0
   with tempfile.TemporaryDirectory() as folder:
     copy = Path(folder).resolve()
-    for name in ("bpd_jax", "tests", "gin"):
+    for name in ("bpd_jax", "tests", "gin", "experiments"):
       shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pytest.ini", copy)
     for tests in sorted({mutation.tests for mutation in mutations}):

@@ -271,7 +271,7 @@ def test_own_outputs_are_decoded_once_and_mixed_in(rows, base, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("options, message", [
-    ({"Loss__unlikelihood": 0.0}, r"train\.objective = .*: allowed is one that unlearns loops, as Loss"),
+    ({"Loss__unlikelihood": 0.0}, r"train\.objective = .*: allowed is one that unlearns loops"),
     ({"train__output_rates": [0.5, 0.5]}, r"train\.output_rates = \[0\.5, 0\.5\]: .* as many as"),
     ({"train__output_rates": [-0.5]}, r"train\.output_rates = \[-0\.5\]: .* from 0"),
     ({"Loss__trains_base": False},
