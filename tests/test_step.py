@@ -330,10 +330,16 @@ def test_heads_behind_a_frozen_base_learn_as_with_one_that_learns():
   grads, frozen = gradients(config, params, batch, base=base, loss=Loss())
   assert largest_difference(grads, {"own": joint["own"]}) < 1e-13
   assert largest_difference(metrics, frozen) < 1e-12
+  measured = compiled(config, loss=Loss())[0].measure(params, batch, base)
   assert largest_difference(
-      compiled(config, loss=Loss())[0].measure(params, batch, base),
-      compiled(config)[0].measure({"base": base, **params}, batch),
+      measured, compiled(config)[0].measure({"base": base, **params}, batch)
   ) < 1e-12
+  # Dropout is the base's own, and a head that weighs nothing is measured too.
+  config, loss = config.replace(dropout_rate=0.5), Loss(head_weights=(1.0, 1.0, 0.0))
+  dropped, _ = gradients(config, params, batch, base=base, loss=Loss())
+  assert largest_difference(grads, dropped) < 1e-13
+  step = compiled(config, loss=loss)[0]
+  assert largest_difference(measured, step.measure(params, batch, base)) < 1e-12
 
 
 def test_one_random_head_has_the_gradient_of_all_on_average():
