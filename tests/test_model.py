@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bpd_jax.addons.addon import VIEW
+from bpd_jax.addons.addon import ADDON_VIEW
 from bpd_jax.addons.heads import Heads, HeadsReader
 from bpd_jax.decoding import tree as trees
 from bpd_jax.decoding.types import Params, Tree
@@ -139,7 +139,9 @@ def head_states(config, own, hidden, num_heads):
   reader = HeadsReader(EncoderDecoder(config, PLACE, is_view=True))
   return (
       HEADS.states(config, own, hidden)[:num_heads],
-      np.moveaxis(reader.head_states(Params(None, VIEW(HEADS, own)), hidden, num_heads), -2, 0),
+      np.moveaxis(
+          reader.head_states(Params(None, ADDON_VIEW(HEADS, own)), hidden, num_heads), -2, 0
+      ),
   )
 
 
@@ -253,4 +255,4 @@ def test_config_names_the_field_that_is_wrong(field, value):
 ])
 def test_heads_name_the_field_that_is_wrong(field, value):
   with pytest.raises(InputError, match=rf"^Heads\.{field} = .*: allowed is"):
-    Heads(**{field: value})
+    Heads(**{"block_size": 2, field: value})
