@@ -258,16 +258,16 @@ def train(
       behind = frozen or Generator(config, params["base"], partitioning, words)
       return behind, make_addon(addon, params["own"], behind).drafting or "greedy"
 
+    frozen_params = None if frozen is None else frozen.params
     evaluate = None
     if validation is not None:
       evaluate = Evaluation(
           step, open_all(validation.tasks), validation, batch_size, lengths, decoder,
-          None if frozen is None else frozen.params,
+          frozen_params,
       )
     outcome = train_steps(
-        workdir, step, batches, schedule, take_params,
-        base=None if frozen is None else frozen.params, seed=seed, evaluate=evaluate,
-        display=Display(schedule.num_steps, console),
+        workdir, step, batches, schedule, take_params, base=frozen_params, seed=seed,
+        evaluate=evaluate, display=Display(schedule.num_steps, console),
     )
 
     # --- what was learned ---

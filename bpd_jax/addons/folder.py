@@ -20,6 +20,7 @@ from bpd_jax.checkpoints import (
     check_shapes,
     leaf_shapes,
     old_heads,
+    PARAMS_FOLDER,
     read_arrays,
     read_old_heads,
     save_arrays,
@@ -41,7 +42,6 @@ from bpd_jax.partitioning import single_device
 from bpd_jax.vocabulary import open_vocabulary
 
 ADDON_FILE = "addon.json"
-PARAMS_FOLDER = "params"
 # In a model's folder; each of its add-ons lies there under its class's name.
 ADDONS_FOLDER = "addons"
 HEADS = "heads"
