@@ -41,7 +41,7 @@ class DecodeSettings:
     rule: which drafted tokens pass.
     search: which paths through a lattice are verified.
     rescorer: what else than the drafter's scores a path is worth.
-    policy: which rows draft; None for all.
+    policy: how many tokens each row drafts; None for all that the drafter can.
   """
 
   drafter: Drafter
@@ -56,6 +56,12 @@ class DecodeSettings:
     return self.search.nodes(self.drafter.depth)
 
   @property
+  def widths(self) -> tuple[int, ...]:
+    """Block sizes that calls are compiled for, rising."""
+    most = self.drafter.depth + 1
+    return (most,) if self.policy is None else tuple(sorted({1, most, *self.policy.widths}))
+
+  @property
   def reads_references(self) -> bool:
     """Whether `Prompt.references` must be there."""
     return any(part.reads_references for part in (self.drafter, *self.rescorer.scorers))
@@ -67,6 +73,14 @@ class DecodeSettings:
             f"drafter.{name}", getattr(self.drafter, name), f"an integer of at least {least}"
         )
     self.search.check(self.drafter.depth, self.drafter.num_candidates)
+    if self.widths[0] < 1 or self.widths[-1] > self.drafter.depth + 1:
+      raise InputError(
+          "policy.widths", self.policy.widths,
+          f"1 … {self.drafter.depth + 1}, the tokens that the drafter lets a call emit",
+      )
+    if len(self.widths) > 2 and self.search.name != "chain":
+      # How many nodes a tree of fewer steps has isn't said anywhere.
+      raise InputError("search", self.search.name, "'chain' with a policy of several widths")
 
 
 @struct.dataclass
@@ -91,9 +105,9 @@ def make_loop(
 ) -> Loop:
   """The loop of some settings; what it reads may be traced."""
   return Loop(
-      verify, settings.drafter, Params(params.base, params.own),
-      settings.search.make(settings.drafter.depth), eos_id, settings.rescorer, params.rescorer,
-      settings.policy, params.policy, settings.rule,
+      verify, settings.drafter, Params(params.base, params.own), settings.search, eos_id,
+      settings.rescorer, params.rescorer, settings.policy, params.policy, settings.widths,
+      settings.rule,
   )
 
 

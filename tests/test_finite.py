@@ -127,7 +127,7 @@ def decode_forgetful(drafter, rule, table, seed, eos_position, limits, bad_posit
   depth = drafter.depth
   parts = loop.Loop(
       forgetful(seed, eos_position, bad_position), drafter, Params((), table),
-      SearchSettings().make(depth), MODEL.eos_id, rule=rule,
+      SearchSettings(), MODEL.eos_id, rule=rule,
   )
   return test_loop.decode(
       parts, Prompt(table, limits, MAX_LENGTH), seed, limits, depth + 1
@@ -213,7 +213,7 @@ def test_the_row_is_the_prompts_and_the_call_its_own(params, own):
     changed_params = changed(params, "embedding", (token, 3), NAN)
     model = Generator(CONFIG, changed_params, own_heads=(HEADS, own))
     with pytest.raises(NotFinite, match=rf"^prompts\[{row}\], call 1: the base model's"):
-      model.generate(PROMPTS, **OPTIONS)
+      model.generate(PROMPTS, "blockwise", **OPTIONS)
     others = [prompt for prompt in PROMPTS if token not in prompt]
     found, expected = (x.generate(others, "greedy", **OPTIONS) for x in (model, whole))
     for one, other in zip(found.tokens, expected.tokens):

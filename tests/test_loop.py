@@ -272,23 +272,27 @@ def test_the_trace_knows_whose_each_node_is():
 
 @dataclasses.dataclass(frozen=True)
 class Turns(Policy):
-  """Rows draft in every `period`-th call; of a tree the nodes of depth `depth` at most count."""
+  """Rows draft in every `period`-th call, `depth` tokens, of which row r's first r mod 5 count."""
 
   depth: int
+  widths: tuple[int, ...] = ()
 
   def init(self, params, prompt, context):
-    return jnp.zeros_like(prompt.lengths), jnp.zeros_like(prompt.lengths)
+    return jnp.zeros_like(prompt.lengths), prompt.lengths > 0
 
-  def start(self, params, state, step):
-    calls, verified = state
-    return calls + 1, verified + step.num_verified
+  def start(self, params, state, step, is_live):
+    return state[0] + 1, is_live
+
+  def rested(self, params, state, num_calls):
+    return state[0] + num_calls, state[1]
 
   def wants(self, params, state):
     # Another turn for every row, so that some draft while others don't.
-    return (state[0] + jnp.arange(len(state[0]))) % params == 0
+    has_turn = (state[0] + jnp.arange(len(state[0]))) % params == 0
+    return jnp.where(has_turn, self.depth, 0)
 
-  def cut(self, params, state, lattice, tree):
-    return tree.replace(is_valid=tree.is_valid & (tree.depth <= self.depth))
+  def trim(self, params, state, lattice):
+    return jnp.minimum(lattice.num_steps, jnp.arange(len(lattice.num_steps)) % 5)
 
 
 @functools.partial(jax.jit, static_argnames=("policy",))
@@ -296,26 +300,29 @@ def decode_in_turns(policy, period, table, seed, eos_position, limits):
   parts = Loop(
       MODEL.verify(seed, eos_position), NoisyDrafter(4), Params((), table), search.chain,
       MODEL.eos_id, policy=policy, policy_params=period,
+      widths=tuple(sorted({1, 5, *policy.widths})),
   )
   return decode(parts, Prompt(table, limits, MAX_LENGTH), seed, limits, 5)
 
 
+@pytest.mark.parametrize("widths", [(), (2,), (2, 3, 4)])
 @pytest.mark.parametrize("depth", [1, 3, 4])
 @pytest.mark.parametrize("period", [1, 2, 5])
-def test_a_policy_saves_drafts_and_changes_no_token(period, depth):
+def test_a_policy_saves_drafts_and_changes_no_token(period, depth, widths):
   rng = np.random.default_rng([period, depth])
   seed, eos_position, limits, greedy = make_rows(rng, 200)
   table = draft_table(rng, greedy, 4, 0.8)
   state = jax.device_get(
-      decode_in_turns(Turns(depth), period, table, seed, eos_position, limits)
+      decode_in_turns(Turns(depth, widths), period, table, seed, eos_position, limits)
   )
+  assert (state.policy[0] == state.call).all()
   for row in range(200):
     calls = itertools.count()
 
     def draft_after(n, row=row, calls=calls):
       # The first call, which has no draft, is number 0.
       wants = (next(calls) + 1 + row) % period == 0
-      return table[row, min(n, MAX_LENGTH), :depth, 0].tolist() if wants else []
+      return table[row, min(n, MAX_LENGTH), : min(depth, row % 5), 0].tolist() if wants else []
 
     tokens, emitted = count_calls(
         greedy[row].tolist(), draft_after, 5, int(limits[row]), MODEL.eos_id
@@ -323,9 +330,35 @@ def test_a_policy_saves_drafts_and_changes_no_token(period, depth):
     assert state.tokens[row, : state.num_tokens[row]].tolist() == tokens
     assert state.trace.num_emitted[row, : state.num_calls[row]].tolist() == emitted
     drafts = state.trace.drafts[row, : state.num_calls[row], 1:]
-    assert ((drafts >= 0).sum(-1) <= depth).all()
+    assert ((drafts >= 0).sum(-1) <= min(depth, row % 5)).all()
   if period == 5:
     assert (state.trace.drafts[:, 1:, 1] < 0).any()
+
+
+def test_a_call_is_as_wide_as_the_drafts_of_live_rows():
+  """The least of the compiled sizes that holds them; rows that ended hold none wide."""
+  rng = np.random.default_rng(11)
+  widths, policy, seen = (1, 2, 3, 5), Turns(4, (2, 3)), []
+  seed, eos_position, limits, greedy = make_rows(rng, 12)
+  limits = np.where(np.arange(12) % 5 == 4, 4, limits)  # those with the longest drafts end soon
+  table = draft_table(rng, greedy, 4, 0.6)
+  verify = MODEL.verify(seed, eos_position)
+
+  def spying(cache, tree):
+    jax.debug.callback(lambda: seen.append(tree.tokens.shape[1]), ordered=True)
+    return verify(cache, tree)
+
+  parts = Loop(
+      spying, NoisyDrafter(4), Params((), table), search.chain, MODEL.eos_id, policy=policy,
+      policy_params=3, widths=widths,
+  )
+  state = jax.device_get(jax.jit(lambda: decode(
+      parts, Prompt(table, limits, MAX_LENGTH), seed, limits, 5
+  ))())
+  jax.effects_barrier()
+  drafted = (state.trace.drafts[:, : state.call, 1:] >= 0).sum(-1).max(0)
+  assert seen == [next(width for width in widths if width > most) for most in drafted]
+  assert set(seen) == set(widths)
 
 
 def test_finished_and_padding_rows_stay_as_they_are():

@@ -51,7 +51,7 @@ def decode(search, rescorer, weights, table, greedy, seed, eos_position, limits)
       table[:, 0, :, 0], jnp.full_like(limits, DEPTH), MAX_LENGTH, references=greedy
   )
   parts = loop.Loop(
-      MODEL.verify(seed, eos_position), drafter, Params((), table), search.make(DEPTH),
+      MODEL.verify(seed, eos_position), drafter, Params((), table), search,
       MODEL.eos_id, rescorer, params,
   )
   return test_loop.decode(parts, prompt, seed, limits, search.nodes(DEPTH))

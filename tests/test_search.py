@@ -293,7 +293,7 @@ def test_a_lattice_without_steps_leaves_the_root(settings):
       jnp.zeros([2, 0, 3], jnp.int32), jnp.zeros([2, 0, 3]), jnp.zeros([2], jnp.int32)
   )
   roots = jnp.array([4, 9], jnp.int32)
-  tree = settings.make(0)(lattice, roots, path_score(Rescorer(), lattice, roots))
+  tree = settings(lattice, roots, path_score(Rescorer(), lattice, roots))
   assert settings.nodes(0) == 1
   assert tree.tokens.tolist() == [[4], [9]] and tree.is_valid.all()
 

@@ -12,11 +12,13 @@ that decides isn't finite the row ends, and the state says what it was.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 from flax import struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from bpd_jax.decoding import accept as acceptance
 from bpd_jax.decoding.cache import commit, write_rows
@@ -82,7 +84,8 @@ class DecodeState:
     failure: [batch] int32, of `FAILURES`, what wasn't finite in the row's last call.
     root: [batch] int32, the newest certain token, not yet in the cache.
     cache: the committed prefix.
-    step: what the last call made certain; None once all rows are done.
+    step: what the last call made certain, for scorers; None where there are none, and once
+      all rows are done.
     drafter: the drafter's own state.
     rescorer: the scorers' states.
     policy: the policy's state.
@@ -140,8 +143,10 @@ class Loop:
     eos_id: the id that ends a row.
     rescorer: what else than the drafter's scores a path is worth.
     rescorer_params: its weights and its scorers' parameters.
-    policy: which rows draft, and which nodes are verified; None for all.
+    policy: how many tokens each row drafts; None for all that the drafter can.
     policy_params: what it reads.
+    widths: block sizes that calls are compiled for where there is a policy, rising from 1
+      to the drafter's.
     rule: which drafted tokens pass.
   """
 
@@ -154,6 +159,7 @@ class Loop:
   rescorer_params: RescorerParams = RescorerParams()
   policy: Policy | None = None
   policy_params: Any = ()
+  widths: tuple[int, ...] = ()
   rule: AcceptanceRule = acceptance.ExactMatch()
 
   def start(
@@ -179,7 +185,8 @@ class Loop:
     return DecodeState(
         tokens=jnp.zeros([batch, length + depth + 1], jnp.int32),
         num_tokens=none, num_calls=none, limits=limits, is_done=limits <= 0, failure=none,
-        root=root, cache=cache, step=empty_step(hidden, depth, self.drafter.num_probes),
+        root=root, cache=cache,
+        step=empty_step(hidden, depth, self.drafter.num_probes) if self.rescorer.scorers else None,
         drafter=self.drafter.init(self.params, prompt, context),
         rescorer=self.rescorer.init(self.rescorer_params, prompt, context),
         policy=policy,
@@ -192,14 +199,23 @@ class Loop:
         call=jnp.zeros([], jnp.int32),
     )
 
-  def call(self, state: DecodeState) -> tuple[DecodeState, Called]:
-    """One call: what it leaves, and what it did."""
-    lattice = self._propose(state)
-    rescorer = self.rescorer.start(self.rescorer_params, state.rescorer, state.step, lattice)
+  def call(
+      self, state: DecodeState, lattice: Lattice | None = None
+  ) -> tuple[DecodeState, Called]:
+    """One call: what it leaves, and what it did.
+
+    Args:
+      state: before it.
+      lattice: what was drafted, of the drafter's depth or less; all that it can by default,
+        whatever a policy would want.
+    """
+    if lattice is None:
+      lattice = self._draft(state)
+    depth = self.drafter.depth
+    proposed = deepen(lattice, depth)
+    rescorer = self.rescorer.start(self.rescorer_params, state.rescorer, state.step, proposed)
     score = self.rescorer.path_score(self.rescorer_params, rescorer, lattice)
     tree = self.search(lattice, state.root, score)
-    if self.policy is not None:
-      tree = self.policy.cut(self.policy_params, state.policy, lattice, tree)
     verified = self.verify(state.cache, tree)
     step = acceptance.accept(self.rule, tree, verified, eos_id=self.eos_id)
     budget = jnp.where(state.is_done, 0, state.limits - state.num_tokens)
@@ -214,28 +230,33 @@ class Loop:
     failure = jnp.select(bad, range(1, len(FAILURES)), 0)
     failure = jnp.where(state.is_done, state.failure, failure.astype(jnp.int32))
     trace = jax.tree.map(
-        lambda old, new: jax.lax.dynamic_update_index_in_dim(old, new, state.call, axis=1),
-        state.trace, _record(lattice, tree, step, state.is_done),
+        lambda old, new: write_call(old, new, state.call), state.trace,
+        _record(lattice, tree, step, state.is_done),
     )
+    is_done = state.is_done | ends | (failure > 0)
+    newest, tokens = step.newest(state.root), step.tokens
+    cache = commit(state.cache, verified, step)
+    # Whoever takes it in has arrays of one shape, however wide the call was.
+    step = widen_step(step, depth)
     policy = state.policy
     if self.policy is not None:
-      policy = self.policy.start(self.policy_params, policy, step)
+      policy = self.policy.start(self.policy_params, policy, step, ~is_done)
     after = state.replace(
-        tokens=write_rows(state.tokens, step.tokens, state.num_tokens, axis=1),
+        tokens=write_rows(state.tokens, tokens, state.num_tokens, axis=1),
         num_tokens=num_tokens,
         num_calls=state.num_calls + ~state.is_done,
-        is_done=state.is_done | ends | (failure > 0),
+        is_done=is_done,
         failure=failure,
-        root=step.newest(state.root),
-        cache=commit(state.cache, verified, step),
-        step=step,
-        drafter=self.drafter.start(self.params, state.drafter, step, lattice),
+        root=newest,
+        cache=cache,
+        step=step if self.rescorer.scorers else None,
+        drafter=self.drafter.start(self.params, state.drafter, step, proposed),
         rescorer=rescorer,
         policy=policy,
         trace=trace,
         call=state.call + 1,
     )
-    return after, Called(lattice, rescorer, tree, step)
+    return after, Called(proposed, rescorer, tree, step)
 
   def decode(self, state: DecodeState) -> DecodeState:
     """Decodes every row to its EOS or limit.
@@ -247,30 +268,112 @@ class Loop:
       The last state, without what only a next call would read.
     """
     is_live = lambda state: ~state.is_done.all()
-    last = jax.lax.while_loop(is_live, lambda state: self.call(state)[0], state)
-    return last.replace(step=None, drafter=(), rescorer=(), policy=())
-
-  def _propose(self, state: DecodeState) -> Lattice:
-    """The drafter's lattice, of the rows that want one."""
-    propose = lambda: self.drafter.propose(self.params, state.drafter, None, state.cache)
     if self.policy is None:
-      lattice = propose()
+      last = jax.lax.while_loop(is_live, lambda state: self.call(state)[0], state)
     else:
-      wants = self.policy.wants(self.policy_params, state.policy)
-      wants &= ~state.is_done
-      nothing = jax.tree.map(
-          lambda leaf: jnp.ones(leaf.shape, leaf.dtype) if leaf.dtype == bool
-          else jnp.zeros(leaf.shape, leaf.dtype),
-          jax.eval_shape(propose),
+      last, _ = jax.lax.while_loop(
+          lambda carry: is_live(carry[0]), self._round, (state, jnp.zeros([], jnp.int32))
       )
-      lattice = jax.lax.cond(wants.any(), propose, lambda: nothing)
-      lattice = lattice.replace(num_steps=jnp.where(wants, lattice.num_steps, 0))
+    return last.replace(step=None, drafter=(), rescorer=())
+
+  def _round(self, carry: tuple[DecodeState, Array]) -> tuple[DecodeState, Array]:
+    """Calls over the roots alone as long as the policy pauses, then one over what rows drafted.
+
+    Calls of a width are the body of a loop of their own, which the last of these is gone
+    through once or not at all: a conditional around a call would copy the cache, and a loop
+    writes it where it lies. The second part of the carry is 1 where no row had a token to
+    draft: that call is left to the next round's pause, as calls of width 1 are compiled there.
+    """
+    state, has_no_draft = carry
+    narrow = lambda lattice, width: jax.tree.map(
+        lambda leaf: leaf[:, : width - 1] if leaf.ndim > 1 else leaf, lattice
+    )
+    nothing = narrow(empty_lattice(jax.eval_shape(self._draft, state)), 1)
+    plain = dataclasses.replace(self, policy=None)
+    is_live = lambda state: ~state.is_done.all()
+    began = state.call
+    pause = jnp.maximum(self.policy.pause(self.policy_params, state.policy), has_no_draft)
+    state = jax.lax.while_loop(
+        lambda state: is_live(state) & (state.call - began < pause),
+        lambda state: plain.call(state, nothing)[0], state,
+    )
+    state = state.replace(
+        policy=self.policy.rested(self.policy_params, state.policy, state.call - began)
+    )
+    lattice = self._propose(state)
+    width = 1 + lattice.num_steps.max()
+    for least, most in zip(self.widths, self.widths[1:]):
+      state, _ = jax.lax.while_loop(
+          lambda carry: carry[1],
+          lambda carry, most=most: (
+              self.call(carry[0], narrow(lattice, most))[0], jnp.zeros([], bool)
+          ),
+          (state, (width > least) & (width <= most)),
+      )
+    return state, (width == 1).astype(jnp.int32)
+
+  def _draft(self, state: DecodeState, depth: int | None = None) -> Lattice:
+    """The drafter's lattice, or the first `depth` steps of it, in the loop's dtypes."""
+    drafter = self.drafter if depth is None else self.drafter.shallower(depth)
+    lattice = drafter.propose(self.params, state.drafter, None, state.cache)
     # A drafter may have scores in the model's dtype, too few bits to add and to mask.
     wide = jnp.promote_types(lattice.scores.dtype, jnp.float32)
     return lattice.replace(
         tokens=lattice.tokens.astype(jnp.int32), scores=lattice.scores.astype(wide),
         num_steps=lattice.num_steps.astype(jnp.int32),
     )
+
+  def _propose(self, state: DecodeState) -> Lattice:
+    """What is drafted of the rows and steps that the policy wants, none of rows that ended."""
+    wants = self.policy.wants(self.policy_params, state.policy)
+    wants = jnp.where(state.is_done, 0, jnp.clip(wants, 0, self.drafter.depth))
+    nothing = empty_lattice(jax.eval_shape(self._draft, state))
+    depths = np.array(self.widths) - 1
+    draft = lambda depth: deepen(self._draft(state, int(depth)), self.drafter.depth)
+    lattice = jax.lax.switch(
+        jnp.searchsorted(depths, wants.max()),
+        [lambda: nothing, *(functools.partial(draft, depth) for depth in depths[1:])],
+    )
+    lattice = lattice.replace(num_steps=jnp.minimum(lattice.num_steps, wants))
+    steps = self.policy.trim(self.policy_params, state.policy, lattice)
+    return lattice.replace(num_steps=jnp.clip(steps, 0, lattice.num_steps))
+
+
+def empty_lattice(like: Lattice) -> Lattice:
+  """No draft, in the shapes of a lattice."""
+  return jax.tree.map(
+      lambda leaf: jnp.ones(leaf.shape, leaf.dtype) if leaf.dtype == bool
+      else jnp.zeros(leaf.shape, leaf.dtype),
+      like,
+  )
+
+
+def pad_axis(values: Array, length: int, fill: int = 0) -> Array:
+  """Fills axis 1 up with `fill`."""
+  pad = [(0, 0)] * values.ndim
+  pad[1] = (0, length - values.shape[1])
+  return jnp.pad(values, pad, constant_values=fill) if pad[1][1] else values
+
+
+def deepen(lattice: Lattice, depth: int) -> Lattice:
+  """A lattice with steps without a draft up to `depth`."""
+  return jax.tree.map(
+      lambda leaf: pad_axis(leaf, depth) if leaf.ndim > 1 else leaf, lattice
+  )
+
+
+def widen_step(step: Step, max_depth: int) -> Step:
+  """A step of a call over shallower trees in the shapes of one of `max_depth`."""
+  pad = lambda values: pad_axis(values, max_depth + 1)
+  return step.replace(tokens=pad(step.tokens), path=pad(step.path), states=pad(step.states))
+
+
+def write_call(buffer: Array, values: Array, call: Array) -> Array:
+  """Writes a call's part of a trace: [batch, calls, n], and [batch, n or fewer]."""
+  values = jnp.expand_dims(values, 1)
+  none = jnp.zeros_like(call)
+  start = (none, call) + (none,) * (values.ndim - 2)
+  return jax.lax.dynamic_update_slice(buffer, values, start)
 
 
 def empty_step(hidden: Array, max_depth: int, num_probes: int = 0) -> Step:

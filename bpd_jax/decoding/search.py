@@ -7,7 +7,6 @@ p best of those that a beam keeps, `best_first` the prefixes of highest score. A
 
 from collections.abc import Callable
 import dataclasses
-import functools
 from typing import Any
 
 from flax import struct
@@ -17,7 +16,7 @@ import numpy as np
 
 from bpd_jax.decoding.lattice import at_step
 from bpd_jax.decoding.rescoring import NEVER
-from bpd_jax.decoding.types import Array, Lattice, PathScore, Search, Tree
+from bpd_jax.decoding.types import Array, Lattice, PathScore, Tree
 from bpd_jax.errors import InputError
 
 SEARCHES = ("chain", "p_best", "beam", "batched", "best_first")
@@ -86,16 +85,17 @@ class SearchSettings:
       return self.num_nodes - 1
     return max(self.beam_width, self.num_paths)
 
-  def make(self, depth: int) -> Search:
-    """The search over lattices of this depth."""
-    nodes = self.nodes(depth)
+  def __call__(self, lattice: Lattice, root: Array, score: PathScore) -> Tree:
+    """The tree, of as many nodes as lattices of this depth have."""
+    depth = lattice.tokens.shape[1]
     if self.name == "chain" or depth == 0:
-      return chain
+      return chain(lattice, root, score)
     if self.name == "best_first":
-      return functools.partial(best_first, num_nodes=nodes)
-    return functools.partial(
-        p_best, num_paths=self.num_paths, num_nodes=nodes, beam_width=self.beam_width,
-        is_beam=self.name == "beam", is_merged=self.name != "batched",
+      return best_first(lattice, root, score, num_nodes=self.nodes(depth))
+    return p_best(
+        lattice, root, score, num_paths=self.num_paths, num_nodes=self.nodes(depth),
+        beam_width=self.beam_width, is_beam=self.name == "beam",
+        is_merged=self.name != "batched",
     )
 
 

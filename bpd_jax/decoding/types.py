@@ -144,8 +144,7 @@ class Step:
       model's choice after the last of them. Valid below `num_tokens`.
     num_tokens: [batch] int32; 0 before the first call and in finished rows.
     path: [batch, max_depth + 1] int32: nodes whose keys and values become part
-      of the prefix, root first. Valid below `num_tokens`; below the last accepted node
-      it repeats that.
+      of the prefix, root first. Valid below `num_tokens`.
     states: [batch, max_depth + 1, d] hidden states along `path`.
     hidden: [batch, d] hidden state of the last accepted node.
     is_finite: [batch] bool; False where the base model had no choice after that node, so
@@ -268,7 +267,7 @@ class Drafter:
   def init(self, params: Params, prompt: Prompt, context: Context | None) -> Any:
     """Makes the state (any pytree, arrays batch first) before the first call.
 
-    The first `propose` comes before any `start`: nothing is certain then, and few have
+    A first `propose` may come before any `start`: nothing is certain then, and few have
     anything to draft.
 
     Args:
@@ -285,7 +284,7 @@ class Drafter:
       params: see `Params`.
       state: before it.
       step: what the call made certain; `num_tokens` is 0 in finished rows.
-      proposed: the lattice that it verified of.
+      proposed: the lattice that it verified of; without a step where nothing was drafted.
     """
     return state
 
@@ -300,6 +299,10 @@ class Drafter:
     """
     raise NotImplementedError
 
+  def shallower(self, depth: int) -> "Drafter":
+    """One that drafts `depth` tokens at most from the same state, if that is less work."""
+    return self
+
   def probes(self, params: Params) -> Any:
     """Columns that the decoder call carries for this drafter; None for none.
 
@@ -310,26 +313,51 @@ class Drafter:
 
 
 class Policy:
-  """Says which rows draft, and which nodes are worth verifying. Changes no token.
+  """Says how many tokens each row drafts, and how many of those are verified. Changes no token.
 
   Hashable and equal by its values, as a `Drafter` is.
+
+  Attributes:
+    widths: block sizes that calls are compiled for, beside 1 and the drafter's own (static):
+      a call has the least of them that holds every draft, root included.
   """
 
+  widths: tuple[int, ...] = ()
+
   def init(self, params: Any, prompt: Prompt, context: Context | None) -> Any:
-    """Makes the state (any pytree, arrays batch first) before the first call."""
+    """Makes the state, any pytree, before the first call."""
     return ()
 
-  def start(self, params: Any, state: Any, step: Step) -> Any:
-    """The state after a call."""
+  def start(self, params: Any, state: Any, step: Step, is_live: Array) -> Any:
+    """The state after a call over drafts.
+
+    Args:
+      params: the policy's.
+      state: before it.
+      step: what the call made certain.
+      is_live: [batch] bool, the rows that go on.
+    """
     return state
 
   def wants(self, params: Any, state: Any) -> Array:
-    """[batch] bool, which rows draft. Where none does, no draft is made."""
+    """[batch] int32, most tokens that each row drafts."""
     raise NotImplementedError
 
-  def cut(self, params: Any, state: Any, lattice: Lattice, tree: Tree) -> Tree:
-    """The tree with fewer valid nodes; a child of an invalid node must be invalid."""
-    return tree
+  def pause(self, params: Any, state: Any) -> Array:
+    """[] int32, calls over the roots alone to come before the next draft."""
+    return jnp.where(self.wants(params, state).any(), 0, 1)
+
+  def rested(self, params: Any, state: Any, num_calls: Array) -> Any:
+    """The state after so many calls over the roots alone, [] int32."""
+    return state
+
+  def trim(self, params: Any, state: Any, lattice: Lattice) -> Array:
+    """[batch] int32, how many steps of each row's draft are worth verifying."""
+    return lattice.num_steps
+
+  def remember(self, params: Any, state: Any) -> Any:
+    """Parameters for the next batch, from the last state of this one."""
+    return params
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

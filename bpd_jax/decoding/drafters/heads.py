@@ -62,6 +62,9 @@ class HeadsDrafter(Drafter):
   def start(self, params: Params, state: HeadsState, step: Step, proposed) -> HeadsState:
     return HeadsState(step.hidden, step.num_tokens > 0)
 
+  def shallower(self, depth: int) -> Drafter:
+    return dataclasses.replace(self, depth=depth)
+
   def propose(self, params: Params, state: HeadsState, noise, past: Cache) -> Lattice:
     states = self.model.head_states(params, state.hidden, self.depth)
     num_steps = jnp.where(state.is_there, self.depth, 0)

@@ -58,6 +58,9 @@ class ReferenceDrafter(Drafter):
   def start(self, params: Params, state: ReferenceState, step: Step, proposed) -> ReferenceState:
     return state.replace(num_tokens=state.num_tokens + step.num_tokens)
 
+  def shallower(self, depth: int) -> Drafter:
+    return dataclasses.replace(self, depth=depth)
+
   def propose(self, params: Params, state: ReferenceState, noise, past: Cache) -> Lattice:
     length = state.tokens.shape[1]
     position = state.num_tokens[:, None] + jnp.arange(self.depth)
