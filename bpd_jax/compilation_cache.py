@@ -96,7 +96,7 @@ def open_folder(folder: Path) -> Path:
   if not os.access(own, os.W_OK | os.X_OK):
     raise PermissionError(f"{own} can't be written")
   oldest = time.time() - KEPT_DAYS * 24 * 60 * 60
-  for path in folder.glob("*/*-cache"):
+  for path in (*folder.glob("*/*-cache"), *folder.glob("*/call_costs_*.json")):
     # Others may delete at the same time.
     with contextlib.suppress(OSError):
       if path.stat().st_atime < oldest:

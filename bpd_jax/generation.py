@@ -8,6 +8,7 @@ method gives greedy's tokens unless an approximate acceptance rule is asked for.
 from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import dataclasses
+import itertools
 import time
 from typing import Any
 
@@ -17,9 +18,11 @@ import numpy as np
 from bpd_jax.addons.addon import ADDON_VIEW
 from bpd_jax.addons.folder import load_heads
 from bpd_jax.addons.heads import Heads
+from bpd_jax.call_costs import CallCosts, costs_key, find_costs
 from bpd_jax.checkpoints import load_fingerprint, load_model, params_fingerprint
 from bpd_jax.decoding import accept, loop
 from bpd_jax.decoding.drafters.empty import EmptyDrafter
+from bpd_jax.decoding.policies.goodput import block_sizes
 from bpd_jax.decoding.rescoring import Rescorer, rescorer_params, Scoring
 from bpd_jax.decoding.scorers.neural import NeuralScorer
 from bpd_jax.decoding.search import SearchSettings
@@ -43,7 +46,7 @@ from bpd_jax.terminal import track
 from bpd_jax.vocabulary import load_vocabulary, Vocabulary
 
 INPUT_BUCKETS = (32, 64, 128, 256, 512, 1024, 2048)
-# Draftings that every model has by name.
+# Draftings that every model has by name; "auto" is a policy too.
 METHODS = ("greedy", "blockwise")
 
 
@@ -114,6 +117,8 @@ class Generation:
     seconds: wall time of each batch, compilation included in a batch that
       compiled.
     is_warm: of each batch, whether nothing was compiled in it.
+    policing: the policy with what it has seen, to go on with; None without one.
+    costs: by which "auto" chose; None for other methods.
   """
 
   tokens: list[np.ndarray]
@@ -122,6 +127,8 @@ class Generation:
   texts: list[str] | None
   seconds: list[float]
   is_warm: list[bool]
+  policing: Policing | None = None
+  costs: CallCosts | None = None
 
   @property
   def block_efficiency(self) -> float:
@@ -132,6 +139,12 @@ class Generation:
 def input_bucket(longest: int, buckets: Sequence[int] = INPUT_BUCKETS) -> int:
   """The length to pad prompts to, of which the longest has `longest` tokens."""
   return min(bucket for bucket in buckets if bucket >= longest)
+
+
+def batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+  """Which rows share a batch: those of like lengths, the shortest first."""
+  order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+  return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
 
 class Generator:
@@ -159,6 +172,9 @@ class Generator:
     self._fingerprint = fingerprint
     self.model = EncoderDecoder(config, self.partitioning, is_view=True)
     self._view = self._heads_view = None
+    # What was measured, by its key as text, and of "auto" by batch size what it has seen.
+    self._costs: dict[str, CallCosts] = {}
+    self._auto: dict[int, tuple[CallCosts, Policing]] = {}
     self._compiled_before = num_compilations()
 
   @property
@@ -195,11 +211,12 @@ class Generator:
   def generate(
       self,
       prompts: Sequence[str] | Sequence[Sequence[int]],
-      method: str | Drafter | Drafting = "blockwise",
+      method: str | Drafter | Drafting = "auto",
       *,
       search: SearchSettings = SearchSettings(),
       scoring: Sequence[Scoring] = (),
       policing: Policing | None = None,
+      costs: CallCosts | None = None,
       max_length: int = 128,
       batch_size: int = 8,
       rule: AcceptanceRule = accept.ExactMatch(),
@@ -213,12 +230,17 @@ class Generator:
 
     Args:
       prompts: texts (EOS is appended), or lists of token ids taken as they are.
-      method: "greedy", "blockwise" (the model's parallel heads, all of them), or what
-        `heads` made, or a drafter of your own, as a `Drafting` with what it learned.
+      method: "auto" (the model's parallel heads in blocks of the size that promises most
+        tokens a second, none where no block pays), "greedy", "blockwise" (all heads in every
+        call), what `heads` made, or a drafter of your own, as a `Drafting` with what it
+        learned.
       search: which paths through the lattice are verified; by default its best
         candidate at each step.
       scoring: scorers that re-score the lattice before it is searched.
-      policing: which rows draft when, and what is verified; all do by default.
+      policing: how many tokens each row drafts; all that the drafter can by default.
+      costs: of calls, by which "auto" chooses; by default measured when it is first asked for
+        a batch size. What it has seen of its drafts it remembers from one `generate` to the
+        next, but where costs are given: its calls depend on that, and its tokens don't.
       max_length: most tokens of an output.
       batch_size: rows decoded together; the last batch is filled with dead rows.
       rule: which drafted tokens pass; the default is exact.
@@ -237,13 +259,38 @@ class Generator:
       NotFinite: naming prompt and call, where NaN or infinity would choose a token: in
         parameters, or where activations leave the range of float16.
     """
-    settings = self.settings(
-        method, search=search, scoring=scoring, policing=policing, rule=rule
-    )
     check_count("max_length", max_length)
     self.partitioning.check_batch(batch_size)
     rows = self.encode_prompts(prompts, buckets)
     limits = self._check_limits(limits, len(rows), max_length)
+    names = ("auto", *METHODS)
+    if not isinstance(method, Drafter | Drafting) and method not in names:
+      raise InputError("method", method, f"one of {names}, a Drafter or a Drafting")
+    is_auto, is_given = method == "auto", costs is not None
+    if is_given and not is_auto:
+      raise InputError("costs", "given", "None but for method 'auto'")
+    if is_auto:
+      for name, value, plain in (
+          ("search", search, SearchSettings()), ("scoring", list(scoring), []),
+          ("policing", policing, None), ("rule", rule, accept.ExactMatch()),
+          ("references", references, None),
+      ):
+        if value != plain:
+          raise InputError(name, value, f"{plain!r} for method 'auto'; 'blockwise' takes others")
+      method = self.heads()
+      if is_given:
+        costs.check(
+            costs_key(self.config, self.partitioning, method, batch_size), self.block_size
+        )
+        policing = costs.policing()
+      elif self.block_size > 1:
+        if batch_size not in self._auto:
+          measured = self.call_costs(method, rows, batch_size, max_length, buckets)
+          self._auto[batch_size] = measured, measured.policing()
+        costs, policing = self._auto[batch_size]
+    settings = self.settings(
+        method, search=search, scoring=scoring, policing=policing, rule=rule
+    )
     if (references is None) == settings.reads_references:
       raise InputError(
           "references", None if references is None else "given",
@@ -254,17 +301,20 @@ class Generator:
     for i, reference in enumerate(references or ()):
       self._check_ids(f"references[{i}]", reference)
     params = self.decode_params(method, scoring, policing)
-    # Rows of like lengths share a batch; results go back to their places.
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    # Results go back to their places.
+    parts = batches([len(row) for row in rows], batch_size)
     done: dict[int, tuple] = {}
     seconds, is_warm = [], []
-    for batch in track(batches, "decode", is_shown=has_progress):
+    for batch in track(parts, "decode", is_shown=has_progress):
       before, began = self.num_compilations, time.perf_counter()
       state = self._decode_rows(
           settings, params, batch, rows, limits, references, buckets, batch_size, max_length,
           seed,
       )
+      if policing is not None:
+        memory = policing.policy.remember(params.policy, state.pop("policy"))
+        params = params.replace(policy=memory)
+        policing = dataclasses.replace(policing, params=memory)
       seconds.append(time.perf_counter() - began)
       is_warm.append(self.num_compilations == before)
       check_finite(self.config, state, batch)
@@ -277,7 +327,54 @@ class Generator:
       texts = [
           self.vocabulary.decode([int(t) for t in row if t not in ends]) for row in tokens
       ]
-    return Generation(tokens, calls, traces, texts, seconds, is_warm)
+    if is_auto and not is_given and policing is not None:
+      self._auto[batch_size] = (costs, policing)
+    return Generation(tokens, calls, traces, texts, seconds, is_warm, policing, costs)
+
+  def call_costs(
+      self, drafting: Drafting, rows: Sequence[Sequence[int]], batch_size: int = 8,
+      max_length: int = 128, buckets: Sequence[int] = INPUT_BUCKETS, *, is_fresh: bool = False,
+  ) -> CallCosts:
+    """What a call of each block size costs: as kept on disk, or measured now.
+
+    Args:
+      drafting: what drafts.
+      rows: prompts to measure with.
+      batch_size: rows of a call.
+      max_length: most tokens of an output.
+      buckets: as in `generate`.
+      is_fresh: whether to measure whatever is kept.
+
+    Raises:
+      InputError: naming the argument; for a drafter that reads references.
+    """
+    self.partitioning.check_batch(batch_size)
+    if drafting.drafter.reads_references:
+      raise InputError("drafting", drafting.drafter, "one that reads no references")
+    rows = self.encode_prompts(rows, buckets)
+    # The first of them that isn't finite is one of the prompts themselves.
+    rows = [rows[i % len(rows)] for i in range(batch_size)]
+    buckets = (input_bucket(max(map(len, rows)), buckets),)
+
+    def run(policing: Policing, limit: int) -> tuple[float, list[int]]:
+      found = self.generate(
+          rows, drafting, policing=policing, max_length=max_length, batch_size=batch_size,
+          limits=[limit] * batch_size, buckets=buckets,
+      )
+      calls = itertools.zip_longest(*found.traces)
+      return found.seconds[0], [
+          1 + max(len(call.draft) for call in own if call is not None) for own in calls
+      ]
+
+    key = costs_key(self.config, self.partitioning, drafting, batch_size)
+    if repr(key) not in self._costs or is_fresh:
+      widths = block_sizes(drafting.drafter.depth + 1)
+      costs = find_costs(run, widths, key, max_length, is_fresh=is_fresh)
+      self._auto.pop(batch_size, None)
+      if not costs.may_be_kept:
+        return costs
+      self._costs[repr(key)] = costs
+    return self._costs[repr(key)]
 
   def heads(self, block_size: int | None = None, top_k: int = 1) -> Drafting:
     """The model's parallel heads as drafters.
@@ -447,10 +544,11 @@ class Generator:
     context = PREFILL(self.model, self.view, tokens, lengths)
     cache = CACHE(self.model, settings, batch_size, max_length)
     numbers = np.resize(batch, batch_size).astype(np.int32)
-    return fetch_state(DECODE(
+    state = DECODE(
         self.model, settings, params, context, prompt, place(row_limits, "batch"), seed,
         place(numbers, "batch"), cache,
-    ))
+    )
+    return fetch_state(state) | {"policy": state.policy}
 
 
 def load(

@@ -18,6 +18,7 @@ import pytest
 from bpd_jax import programs
 from bpd_jax.addons.heads import Heads
 from bpd_jax.compilation_cache import SWITCH_VARIABLE
+from bpd_jax.decoding.policies.goodput import Goodput
 from bpd_jax.decoding.types import Prompt
 from bpd_jax.generation import Generator
 from bpd_jax.model.config import ModelConfig
@@ -32,17 +33,19 @@ CONFIG = ModelConfig(
     num_decoder_layers=2,
 )
 HEADS = Heads(8, 32)
+POLICY = Goodput((1, 2, 4, 8))
 MAX_LENGTH = 41
 
 
 @functools.cache
-def compiled_loop(config, width, batch):
-  """The decode loop as `generate` runs it, compiled from shapes alone."""
+def compiled_loop(config, width, batch, widths=None):
+  """The decode loop as `generate` runs it, with a policy's `widths`, from shapes alone."""
   place = single_device()
   model = EncoderDecoder(config, place, is_view=True)
   own = jax.eval_shape(HEADS.view, HEADS.abstract(config, place))
   drafting = HEADS.make(ModelReader(model), own, block_size=width).drafting
-  settings = DecodeSettings(drafting.drafter)
+  policy = None if widths is None else Goodput(widths)
+  settings = DecodeSettings(drafting.drafter, policy=policy)
   view = jax.eval_shape(functools.partial(decode_view, config), abstract_params(config, place))
   tokens = jax.ShapeDtypeStruct([batch, 64], jnp.int32)
   lengths = jax.ShapeDtypeStruct([batch], jnp.int32)
@@ -51,7 +54,9 @@ def compiled_loop(config, width, batch):
       functools.partial(programs.decode_cache, model, settings, batch, MAX_LENGTH)
   )
   return programs.DECODE.lower(
-      model, settings, programs.DecodeParams(view, drafting.params), context,
+      model, settings, programs.DecodeParams(
+          view, drafting.params, policy=policy and policy.params((1.0,) * len(widths))
+      ), context,
       Prompt(tokens, lengths, MAX_LENGTH), lengths, 0, lengths, cache,
   ).compile()
 
@@ -89,8 +94,22 @@ def test_loop_copies_no_cache(width, batch):
 
 
 @pytest.mark.usefixtures("compiled_anew")
-def test_cache_is_donated():
-  program = compiled_loop(CONFIG, 8, 8)
+@pytest.mark.parametrize("batch", [1, 8])
+def test_loops_of_several_widths_copy_no_cache(batch):
+  widths = (1, 2, 8)
+  hlo = compiled_loop(CONFIG, 8, batch, widths).as_text()
+  ops = count_ops(hlo, (batch, CONFIG.num_heads, MAX_LENGTH + 8, CONFIG.d_kv))
+  caches = 2 * CONFIG.num_decoder_layers
+  # One write of each cache in the body of each width.
+  assert ops["scatter"] + ops["dynamic-update-slice"] == len(widths) * caches, ops
+  assert not {"copy", "copy-start", "select", "conditional", "transpose"} & set(ops), ops
+  assert ops["fusion"] <= len(widths) * caches, ops
+
+
+@pytest.mark.usefixtures("compiled_anew")
+@pytest.mark.parametrize("widths", [None, (1, 2, 8)])
+def test_cache_is_donated(widths):
+  program = compiled_loop(CONFIG, 8, 8, widths)
   cache = 8 * CONFIG.num_heads * (MAX_LENGTH + 8) * CONFIG.d_kv * 4
   caches = 2 * CONFIG.num_decoder_layers * cache
   assert program.memory_analysis().alias_size_in_bytes >= caches
@@ -112,6 +131,11 @@ def test_number_of_compilations():
   again = Generator(CONFIG, params, own_heads=(HEADS, own))
   again.generate(prompts[:2], "blockwise", **options)
   assert again.num_compilations == 0
+  # All block sizes of a policy are one program a bucket, and measuring them runs just that.
+  auto = model.generate(prompts, **options)
+  assert model.num_compilations == 2 + 3 + 6
+  model.generate(prompts, costs=auto.costs, **options)
+  assert model.num_compilations == 2 + 3 + 6
 
 
 ON_A_MESH = r"""
@@ -123,7 +147,7 @@ from bpd_jax.addons.heads import Heads
 from bpd_jax.errors import InputError
 from bpd_jax import programs
 from bpd_jax.decoding.drafters.reference import ReferenceDrafter
-from bpd_jax.decoding.types import Prompt
+from bpd_jax.decoding.types import Policing, Prompt
 from bpd_jax.generation import Generator
 from bpd_jax.model.config import ModelConfig
 from bpd_jax.model.model import abstract_params, decode_view, init_params
@@ -156,6 +180,14 @@ for name, method in (
   out["same"][name] = (
       all(np.array_equal(a, b) for a, b in zip(found.tokens, greedy.tokens))
       and found.calls == alone.calls)
+# Whatever one device would have taken, all of the mesh take the same block sizes.
+for costs in ((1.0, 1.1, 1.2, 1.3), (1.0, 1.4, 2.0, 3.0)):
+  policing = Policing(here.POLICY, here.POLICY.params(costs))
+  found, alone = (
+      x.generate(prompts, x.heads(), policing=policing, **options) for x in (many, one))
+  out["same"][f"auto {costs[-1]}"] = (
+      all(np.array_equal(a, b) for a, b in zip(found.tokens, greedy.tokens))
+      and found.traces == alone.traces)
 out["distinct"] = len({tuple(row) for row in greedy.tokens})
 
 # The loop as it runs, from arguments that lie where `generate` puts them.
@@ -165,19 +197,23 @@ inputs = (put(np.ones([8, 32], np.int32), "batch", "length"),
 context = programs.PREFILL(many.model, many.view, *inputs)
 limits = put(np.full([8], here.MAX_LENGTH, np.int32), "batch")
 moves = r" (all-gather|all-reduce|all-to-all|collective-\w+|reduce-scatter)(-start)?[(]"
-for method, width in (("greedy", 1), ("blockwise", 8)):
-  settings = many.settings(method)
+for name, method, width in (
+    ("greedy", "greedy", 1), ("blockwise", "blockwise", 8), ("auto", "blockwise", 8)):
+  policing = None
+  if name == "auto":
+    policing = Policing(here.POLICY, here.POLICY.params((1.0, 1.1, 1.2, 1.3)))
+  settings = many.settings(method, policing=policing)
   empty = programs.CACHE(many.model, settings, 8, here.MAX_LENGTH)
   cache = empty.values[0]
   hlo = programs.DECODE.lower(
-      many.model, settings, many.decode_params(method), context,
+      many.model, settings, many.decode_params(method, policing=policing), context,
       Prompt(*inputs, here.MAX_LENGTH), limits, 0, limits, empty)
   hlo = hlo.compile().as_text()
   lines = [line for line in hlo.splitlines() if re.search(moves, line)]
   # Slots are a number that no other axis has, so every form of a cache has it.
   shapes = dict(re.findall(r"(%[\w.-]+) = [a-z0-9]+\[([0-9,]*)\]", hlo))
   of_cache = lambda text: str(here.MAX_LENGTH + width) in text.split(",")
-  out[method] = {
+  out[name] = {
       "cache_shard": cache.sharding.shard_shape(cache.shape),
       "collectives": len(lines),
       "cache_values": sum(map(of_cache, shapes.values())),
@@ -232,7 +268,7 @@ def on_mesh():
 
 
 @MESH
-@pytest.mark.parametrize("method, width", [("greedy", 1), ("blockwise", 8)])
+@pytest.mark.parametrize("method, width", [("greedy", 1), ("blockwise", 8), ("auto", 8)])
 def test_mesh_moves_no_cache(on_mesh, method, width):
   found = on_mesh[method]
   # The patterns find what there is: traffic, and caches split by batch and heads.
@@ -243,7 +279,9 @@ def test_mesh_moves_no_cache(on_mesh, method, width):
 
 @MESH
 def test_mesh_gives_the_same_tokens_and_calls(on_mesh):
-  assert on_mesh["same"] == {"greedy": True, "blockwise": True, "reference": True}
+  assert on_mesh["same"] == dict.fromkeys(
+      ("greedy", "blockwise", "reference", "auto 1.3", "auto 3.0"), True
+  )
   assert on_mesh["distinct"] > 5
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from bpd_jax.addons.heads import Heads
+from bpd_jax.call_costs import CallCosts
 from bpd_jax.decoding.drafters.reference import ReferenceDrafter
 from bpd_jax.decoding.types import Drafter, Lattice
 from bpd_jax.errors import InputError
@@ -23,6 +24,7 @@ CONFIG = ModelConfig(
 HEADS = Heads(4, 24)
 PROMPTS = [[5, 6, 7, 1], [9], list(range(2, 40)), [30, 31, 1], [8, 8]]
 COPIES = ReferenceDrafter(3)
+COSTS = CallCosts({}, (1, 4), (1.0, 2.0), ((1.0, 1.0), (2.0, 2.0)))
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +46,11 @@ def model():
         ([[-1]], {}, "prompts[0] token = -1"),
         (["text"], {}, "prompts[0] = 'text': allowed is token ids, as the model has no"),
         ([[5] * 33], {"buckets": (16, 32)}, "prompts[0] length = 33: allowed is 1 … 32"),
-        ([[5]], {"method": "beam"}, "method = 'beam': allowed is one of ('greedy'"),
-        ([[5]], {"method": 7}, "method = 7: allowed is one of ('greedy', 'blockwise'), a Drafter"),
+        ([[5]], {"method": "beam"}, "method = 'beam': allowed is one of ('auto', 'greedy'"),
+        ([[5]], {"method": "auto", "policing": 3}, "policing = 3: allowed is None for"),
+        ([[5]], {"costs": COSTS}, "costs = 'given': allowed is None but for method 'auto'"),
+        ([[5]], {"method": "auto", "costs": COSTS}, "costs model = None: allowed is '"),
+        ([[5]], {"method": 7}, "method = 7: allowed is one of ('auto', 'greedy', 'blockwise'), a"),
         ([[5]], {"method": ReferenceDrafter(-1)}, "drafter.depth = -1: allowed is an integer of"),
         ([[5]], {"max_length": 0}, "max_length = 0: allowed is a positive integer"),
         ([[5]], {"batch_size": 0}, "batch_size = 0"),
@@ -60,7 +65,7 @@ def model():
 def test_bad_input_is_named_before_anything_compiles(model, prompts, options, message):
   fresh = Generator(CONFIG, params=None, own_heads=model.own_heads)
   with pytest.raises(InputError) as caught:
-    fresh.generate(prompts, **options)
+    fresh.generate(prompts, **{"method": "blockwise", **options})
   assert message in str(caught.value)
   assert fresh.num_compilations == 0
 
@@ -82,15 +87,15 @@ def test_mesh_that_does_not_divide_the_devices(sizes, message):
 def test_rows_come_back_in_order_whatever_the_batch(model):
   options = {"max_length": 11, "buckets": (40,)}
   with jax.enable_x64(True):
-    alone = [model.generate([prompt], batch_size=1, **options) for prompt in PROMPTS]
+    alone = [model.generate([prompt], "blockwise", batch_size=1, **options) for prompt in PROMPTS]
     for batch_size in (2, 5, 8):
-      together = model.generate(PROMPTS, batch_size=batch_size, **options)
+      together = model.generate(PROMPTS, "blockwise", batch_size=batch_size, **options)
       for row, one in enumerate(alone):
         assert together.tokens[row].tolist() == one.tokens[0].tolist()
         assert together.calls[row] == one.calls[0]
         assert together.traces[row] == one.traces[0]
       assert len(together.seconds) == len(together.is_warm) == -(-5 // batch_size)
-    assert model.generate(PROMPTS, batch_size=8, **options).is_warm == [True]
+    assert model.generate(PROMPTS, "blockwise", batch_size=8, **options).is_warm == [True]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +131,7 @@ def test_keys_are_a_rows_own_whatever_the_batch(model):
 def test_traces_add_up_to_the_tokens(model):
   limits = [11, 1, 5, 11, 3]
   with jax.enable_x64(True):
-    found = model.generate(PROMPTS, max_length=11, batch_size=8, limits=limits)
+    found = model.generate(PROMPTS, "blockwise", max_length=11, batch_size=8, limits=limits)
     greedy = model.generate(PROMPTS, "greedy", max_length=11, batch_size=8)
   for tokens, calls, trace, limit, base in zip(
       found.tokens, found.calls, found.traces, limits, greedy.tokens

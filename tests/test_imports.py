@@ -32,6 +32,7 @@ FLOORS = {
     "bpd_jax.programs": 2.5,
     "bpd_jax.addons": 2.5,
     "bpd_jax.generation": 2.5,
+    "bpd_jax.call_costs": 2.5,
     "bpd_jax.reader": 2.5,
     "bpd_jax.distillation": 3,
     "bpd_jax.evaluation": 3,

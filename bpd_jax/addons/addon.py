@@ -41,7 +41,7 @@ class Made:
   Attributes:
     drafting: what drafts; None for what doesn't.
     scorings: what re-scores lattices.
-    policing: what decides which rows draft.
+    policing: what decides how many tokens rows draft.
   """
 
   drafting: Drafting | None = None
