@@ -24,11 +24,12 @@ run: BEGAN := $(shell date +%s)
 run: install
 	$(BIN)/python experiments/docstrings/quickstart.py --began $(BEGAN)
 
-# The shipped model, greedy and blockwise, and one decode with its drafts.
+# The shipped model, greedy, blockwise and by default, and one decode with its drafts.
 demo: install
 	rm -rf runs/demo
 	$(BIN)/python -m bpd_jax.evaluate --gin_file=experiments/docstrings/demo.gin
-	$(BIN)/python -m bpd_jax.decode --checkpoint experiments/docstrings/model --show-drafts \
+	$(BIN)/python -m bpd_jax.decode --checkpoint experiments/docstrings/model \
+	  --method blockwise --show-drafts \
 	  --file experiments/docstrings/prompt.jsonl --field inputs
 
 # Compiling takes one core; the files of the tests share two, the longest first.

@@ -12,6 +12,7 @@ from bpd_jax.data.grammar import GrammarTask
 from bpd_jax.data.jsonl import JsonlTask
 from bpd_jax.data.rows import RowsTask
 from bpd_jax.evaluation.drafting import Draft, Reference
+from bpd_jax.evaluation.policing import GoodputSource
 from bpd_jax.evaluation.run import Method
 from bpd_jax.evaluation.scoring import (
     CacheSource,
@@ -29,9 +30,9 @@ from bpd_jax.training.loss import Loss
 from bpd_jax.training.optimizer import Optimizer
 
 for configurable in (
-    CachedTask, CacheSource, Draft, GrammarTask, Heads, JsonlTask, Loss, Method, ModelConfig,
-    NeuralSource, NgramSource, NoRepeatSource, Optimizer, OracleSource, Reference, RowsTask,
-    Schedule, Tuned, Tuning, Validation,
+ CachedTask, CacheSource, Draft, GoodputSource, GrammarTask, Heads, JsonlTask, Loss, Method,
+    ModelConfig, NeuralSource, NgramSource, NoRepeatSource, Optimizer, OracleSource, Reference,
+    RowsTask, Schedule, Tuned, Tuning, Validation,
 ):
   gin.external_configurable(configurable, module="bpd_jax")
 gin.external_configurable(make_partitioning, module="bpd_jax", denylist=["devices"])

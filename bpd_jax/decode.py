@@ -8,6 +8,7 @@ A file or standard input has a prompt a line; with `--field NAME` a line is a JS
 object that has the prompt in a field.
 """
 
+import argparse
 from collections.abc import Sequence
 import io
 import re
@@ -19,6 +20,7 @@ from rich.text import Text
 from bpd_jax.data.jsonl import decode_text, parse_jsonl, read_text, text_lines
 from bpd_jax.errors import InputError
 from bpd_jax.evaluation.drafting import Draft
+from bpd_jax.evaluation.policing import GoodputSource
 from bpd_jax.folders import local_path
 from bpd_jax.generation import Call, Generation, load, naming_prompts
 from bpd_jax.launch import Parser, run
@@ -170,6 +172,18 @@ def _on_one_line(piece: str) -> str:
   )
 
 
+def _check_options(args: argparse.Namespace) -> None:
+  """InputError naming an option that another one makes meaningless."""
+  drafts, adapts = ("block_size", "addon"), ("costs", "measure_costs", "save_costs")
+  meaningless = {"greedy": drafts + adapts, "blockwise": adapts, "auto": ()}[args.method]
+  for name in meaningless:
+    value = getattr(args, name)
+    if value is not None and value is not False:
+      raise InputError(name.replace("_", "-"), value, f"no option of --method {args.method}")
+  if args.costs is not None and args.measure_costs:
+    raise InputError("measure-costs", True, "no option beside --costs")
+
+
 def main(argv: Sequence[str]) -> None:
   """Decodes; see `--help`."""
   parser = Parser(
@@ -185,10 +199,20 @@ def main(argv: Sequence[str]) -> None:
       "--field", metavar="NAME", help="lines are JSON objects, and the prompt is this field"
   )
   parser.add_argument(
-      "--method", choices=("greedy", "blockwise"), default="blockwise",
-      help="greedy's tokens come out of both, in float32 (default blockwise, with the model's "
-      "heads)",
+      "--method", choices=("auto", "greedy", "blockwise"), default="auto",
+      help="greedy's tokens come out of all, in float32: auto chooses the size of each block, "
+      "or none, by what calls cost here and by how much of recent drafts passed; blockwise "
+      "drafts all it can in every call (default auto)",
   )
+  parser.add_argument(
+      "--costs", metavar="FILE",
+      help="what calls cost, for auto, as --save-costs writes it (default: what is kept with "
+      "the compiled programs, measured the first time)",
+  )
+  parser.add_argument(
+      "--measure-costs", action="store_true", help="measure them now, whatever is kept"
+  )
+  parser.add_argument("--save-costs", metavar="FILE", help="write them to a file")
   parser.add_argument(
       "--show-drafts", "--show_drafts", action="store_true",
       help="show each call's draft: + accepted, - rejected, = the base model's own choice",
@@ -225,17 +249,30 @@ def main(argv: Sequence[str]) -> None:
   model = load(args.checkpoint, dtype=args.dtype, partitioning=partitioning)
   names, prompts = [*prompts], [*prompts.values()]
   rows = model.encode_prompts(prompts, names=names)
-  method = args.method
-  for name in ("block_size", "addon"):
-    if method == "greedy" and getattr(args, name) is not None:
-      raise InputError(name.replace("_", "-"), getattr(args, name), "no option of --method greedy")
-  if method == "blockwise":
-    method = Draft(args.block_size, addon=args.addon).make(model)
+  _check_options(args)
   # The last batch is filled; what divides over the mesh is said by its name.
   batch_size = min(args.batch_size, partitioning.round_batch(len(prompts)))
+  method, policing = args.method, None
+  if method != "greedy":
+    method = Draft(args.block_size, addon=args.addon).make(model)
+  if args.method == "auto":
+    if method.drafter.depth:
+      with naming_prompts(names):
+        decision = GoodputSource(args.costs, args.measure_costs).make(
+            model, method, rows, batch_size, args.max_length
+        )
+      policing = decision.policing
+    if args.save_costs is not None:
+      if policing is None:
+        raise InputError("save-costs", args.save_costs, "no option where nothing drafts")
+      try:
+        decision.costs.save(args.save_costs)
+      except OSError as error:
+        allowed = f"a path that can be written ({error.strerror})"
+        raise InputError("save-costs", args.save_costs, allowed) from error
   with naming_prompts(names):
     generation = model.generate(
-        rows, method, max_length=args.max_length, batch_size=batch_size
+        rows, method, policing=policing, max_length=args.max_length, batch_size=batch_size
     )
   console = plain_console(soft_wrap=True)
   if args.show_drafts:

@@ -59,11 +59,13 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def expected(folder):
-  return load(folder).generate(PROMPTS, max_length=12, batch_size=2)
+  return load(folder).generate(PROMPTS, "blockwise", max_length=12, batch_size=2)
 
 
 def shown_by(capsys, folder, *options):
-  main(["--checkpoint", folder, "--max-length", "12", *options])
+  """What the command prints, with every head in each call where no method is named."""
+  method = () if "--method" in options else ("--method", "blockwise")
+  main(["--checkpoint", folder, "--max-length", "12", *method, *options])
   return capsys.readouterr().out
 
 
@@ -118,6 +120,29 @@ def test_an_addon_drafts_in_place_of_the_models_heads(folder, expected, capsys, 
       capsys, folder, "--addon", f"{folder}/addons/heads", "--block-size", "2", *PROMPTS
   )
   assert narrow == shown_by(capsys, folder, "--block-size", "2", *PROMPTS)
+
+
+def test_block_sizes_are_chosen_by_costs_that_a_file_can_hold(folder, expected, capsys, tmp_path):
+  file = str(tmp_path / "costs.json")
+  out = shown_by(capsys, folder, "--method", "auto", "--save-costs", file, *PROMPTS)
+  assert all(f"\n{text}\n# 12 tokens, " in out for text in expected.texts)
+  fields = json.loads(Path(file).read_text())
+  assert fields["widths"] == [1, 2, 4] and fields["of"]["batch_size"] == 2
+  # With calls that cost alike every call after a row's first drafts all it can; with dear
+  # ones hardly any does.
+  for seconds in ([1, 1, 1], [1, 9, 9]):
+    Path(file).write_text(json.dumps(fields | {"seconds": seconds}))
+    out = shown_by(capsys, folder, "--method", "auto", "--costs", file, *PROMPTS)
+    found = [int(n) for n in re.findall(r"^# \d+ tokens, (\d+) decoder calls", out, re.MULTILINE)]
+    assert len(found) == 2
+    assert (found == expected.calls) == (seconds[1] == 1) and sum(found) >= sum(expected.calls)
+  with pytest.raises(InputError, match="costs batch_size = 2: allowed is 1, as it is here"):
+    main(["--checkpoint", folder, "--costs", file, PROMPTS[0]])
+  # Two widths alone, of heads that draft one token.
+  out = shown_by(
+      capsys, folder, "--method", "auto", "--block-size", "2", "--save-costs", file, *PROMPTS
+  )
+  assert json.loads(Path(file).read_text())["widths"] == [1, 2]
 
 
 @pytest.mark.parametrize("option", ["--show-drafts", "--show_drafts"])
@@ -223,7 +248,7 @@ def test_a_prompt_of_a_file_is_named_by_its_line(folder, tmp_path):
   with pytest.raises(InputError, match=r"^\S*prompts\.txt:3 length = 2049: allowed is 1 … 2048"):
     main(["--checkpoint", folder, "--file", str(path)])
   with pytest.raises(InputError, match=r"^prompts\[1\] = 'caf\\ud83d': allowed is text in UTF-8"):
-    load(folder).generate(["fine", "caf\ud83d"])
+    load(folder).generate(["fine", "caf\ud83d"], "blockwise")
 
 
 @pytest.mark.parametrize("options, message", [
@@ -233,6 +258,13 @@ def test_a_prompt_of_a_file_is_named_by_its_line(folder, tmp_path):
     (["x", "--block-size", "5"], "block_size = 5: allowed is 1 … 4, the heads"),
     (["x", "--block-size", "2", "--method", "greedy"], "block-size = 2: allowed is no option of"),
     (["x", "--addon", "a", "--method", "greedy"], "addon = 'a': allowed is no option of --method"),
+    (["x", "--costs", "absent"], "costs = 'absent': allowed is a file of CallCosts.save"),
+    (["x", "--block-size", "0", "--method", "greedy"], "block-size = 0: allowed is no option of"),
+    (["x", "--block-size", "1", "--save-costs", "a"], "save-costs = 'a': allowed is no option w"),
+    (["x", "--save-costs", "absent/a.json"], "save-costs = 'absent/a.json': allowed is a path"),
+    (["x", "--costs", "a", "--method", "blockwise"], "costs = 'a': allowed is no option of"),
+    (["x", "--measure-costs", "--method", "greedy"], "measure-costs = True: allowed is no option"),
+    (["x", "--measure-costs", "--costs", "a"], "measure-costs = True: allowed is no option beside"),
     (["x", "--addon", "absent"], "addon = 'absent': allowed is one that can be read"),
     (["x", "--max-length", "0"], "max_length = 0: allowed is a positive integer"),
     (["x", "--batch-size", "0"], "batch_size = 0: allowed is a positive multiple of 1"),

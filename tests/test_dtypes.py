@@ -179,7 +179,9 @@ def test_a_norm_of_large_and_of_small_states_is_float32s(dtype, scale):
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_shipped_model_writes_code_in_fewer_bits(dtype):
   model = load(ROOT / "experiments/docstrings/model", dtype=dtype)
-  found = model.generate(["format:\ndef f( x ):{return x+1}"], max_length=16, batch_size=1)
+  found = model.generate(
+      ["format:\ndef f( x ):{return x+1}"], "blockwise", max_length=16, batch_size=1
+  )
   assert found.texts == ["def f( x ):\n    return x + 1"]
   assert found.calls == [3] and len(found.tokens[0]) == 13
 
@@ -197,7 +199,7 @@ def test_a_drafters_scores_are_wide_before_anything_adds_them(dtype):
   rng = np.random.default_rng(0)
   seed, eos_position, limits, greedy = test_loop.make_rows(rng, 32)
   table = test_loop.draft_table(rng, greedy, 3, 0.7)
-  seen, chain = [], SearchSettings().make(3)
+  seen, chain = [], SearchSettings()
 
   def search(lattice, root, score):
     seen.append((lattice.scores.dtype, score.addends(score.begin(1), 0).dtype))

@@ -203,6 +203,7 @@ METHOD_KEYS = {
     "block_efficiency_interval", "block_efficiency_loop_free", "identical_to_greedy",
     "near_tie_rows", "seconds", "seconds_range", "tokens_per_second", "speedup_over_greedy",
     "speedup_range", "accepted_length_histogram", "proved_searches",
+    "nodes_per_call", "wasted_tokens",
 }
 
 
@@ -617,8 +618,11 @@ def test_run_file_says_what_it_runs(model_folder, rows_file, tmp_path):
   assert {name: (x["block_size"], x["draft"]) for name, x in methods.items()} == {
       "greedy": (1, {"drafter": "greedy"}),
       "blockwise": (2, {"drafter": "Draft", "block_size": 2, "top_k": 1, "addon": None}),
+      "auto": (2, {"drafter": "Draft", "block_size": 2, "top_k": 1, "addon": None}),
       "perfect": (2, {"drafter": "Reference", "block_size": 2, "addon": None}),
   }
+  assert methods["auto"]["policy"] == "goodput" and "policy" not in methods["blockwise"]
+  assert methods["auto"]["costs"]["of"]["batch_size"] == 3
 
 
 @gin.configurable(module="test_evaluate")

@@ -194,7 +194,7 @@ def test_bfloat16_runs_and_keeps_float32_parameters_and_logits(rows):
   assert 0 < np.abs(logits - exact).max() < 0.1
   # Batch 2 takes other products than batch 1.
   found = Generator(config, params, own_heads=(HEADS, own)).generate(
-      [[5, 6, 7], [8]], max_length=4, batch_size=2, buckets=(8,)
+      [[5, 6, 7], [8]], "blockwise", max_length=4, batch_size=2, buckets=(8,)
   )
   assert [len(row) for row in found.tokens] == [4, 4]
 

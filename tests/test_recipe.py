@@ -73,6 +73,7 @@ def test_one_command_from_caches_to_the_copy(tmp_path, file):
     with ocp.StandardCheckpointer() as checkpointer:
       stored = checkpointer.metadata(folder / "shipped" / part).item_metadata.tree
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(stored)} == {"bfloat16"}, part
-  assert model.generate([load_rows("grammar")[0]["inputs"]], max_length=4).block_efficiency >= 1
+  prompts = [load_rows("grammar")[0]["inputs"]]
+  assert model.generate(prompts, "blockwise", max_length=4).block_efficiency >= 1
   # All is done: nothing is trained again.
   assert "new run in" not in run() and "goes on in" not in run()

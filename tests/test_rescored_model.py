@@ -127,7 +127,7 @@ def test_tokens_are_greedys(base, small, arrays, prompts, greedy, name, search):
     assert len(trace) == calls
   if name == "4-gram" and search.name != "chain":
     # The n-grams have seen these very outputs.
-    plain = base.generate(prompts, **OPTIONS)
+    plain = base.generate(prompts, "blockwise", **OPTIONS)
     assert sum(found.calls) < sum(plain.calls)
 
 
@@ -230,7 +230,7 @@ def test_a_neural_scorer_scores_as_its_model_does(small, prompts, sees_input):
 )
 def test_weights_that_are_none(base, prompts, weight, message):
   with pytest.raises(InputError, match=message):
-    base.generate(prompts, scoring=[Scoring(NoRepeatScorer(), (), weight)], **OPTIONS)
+    base.generate(prompts, "blockwise", scoring=[Scoring(NoRepeatScorer(), (), weight)], **OPTIONS)
 
 
 def test_lattices_that_are_none(base, prompts):

@@ -75,7 +75,11 @@ def test_the_quickstart_puts_three_models_into_one_table(quickstart, tmp_path):
   assert list(summary["tasks"]) == ["code_format", "grammar"]
   models = summary["tasks"]["grammar"]["models"]
   assert models["base"]["block_efficiency"] == 1
-  assert models["new"] == models["shipped"] == results["tasks"]["grammar"]["methods"]["blockwise"]
+  methods = results["tasks"]["grammar"]["methods"]
+  assert models["new"] == models["shipped"] == {
+      name: methods[name] for name in ("blockwise", "auto")
+  }
+  assert methods["auto"]["costs"]["widths"] == [1, 2, 4, 8]
   console = plain_console(file=io.StringIO(), width=160)
   quickstart.print_summary(summary, console)
   text = console.file.getvalue()

@@ -34,6 +34,7 @@ from bpd_jax.decoding.types import (
 )
 from bpd_jax.errors import InputError
 from bpd_jax.generation import (
+  batches,
   check_finite,
   fetch_state,
   Generation,
@@ -287,7 +288,8 @@ def replay(
     generator: the recorded model.
     recording: of its greedy output.
     method: as of `Generator.generate`.
-    batch_size: rows together, of like lengths; the last batch is filled with dead rows.
+    batch_size: rows together, of like lengths; the last batch is filled with dead rows. Under
+      a policy calls are those of decoding where this is decoding's.
     scoring: likewise.
     policing: likewise.
     **options: of `Generator.settings`: search, and an exact rule.
@@ -304,16 +306,16 @@ def replay(
   params = generator.decode_params(method, scoring, policing)
   done: dict[int, tuple] = {}
   rows = len(recording)
-  # A batch takes as many calls as its longest row.
-  order = np.argsort(recording.lengths, kind="stable")
-  for first in range(0, rows, batch_size):
-    places = np.arange(first, first + batch_size)
-    num_live = int((places < rows).sum())
-    part = order[np.minimum(places, rows - 1)]
-    state = fetch_state(_replay(
-        generator.model, settings, params, recorded_rows(recording, part, num_live)
-    ))
+  # A batch takes as many calls as its longest row. A policy sees whole batches, so that it
+  # gets those of decoding, in their order.
+  lengths = recording.lengths if policing is None else recording.prompt_lengths
+  for batch in batches(lengths, batch_size):
+    num_live, part = len(batch), np.array(batch + batch[-1:] * (batch_size - len(batch)))
+    last = _replay(generator.model, settings, params, recorded_rows(recording, part, num_live))
+    state = fetch_state(last)
     check_finite(generator.config, state, part)
+    if policing is not None:
+      params = params.replace(policy=policing.policy.remember(params.policy, last.policy))
     for slot in range(num_live):
       done[part[slot]] = read_row(state, slot)
   tokens, calls, traces = (list(column) for column in zip(*(done[i] for i in range(rows))))

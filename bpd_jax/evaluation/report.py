@@ -52,7 +52,8 @@ def analyse_task(
   Args:
     generator: the recorded model.
     recording: of the reported rows.
-    methods: those that draft nothing are left out.
+    methods: those that draft nothing are left out, and those with a policy, as their drafts
+      are another method's.
     scoring: of each method by name.
     live: what each method decoded of the same rows, by name.
     num_decodes: rows to watch with plain drafts and with the re-scored ones of the
@@ -72,7 +73,7 @@ def analyse_task(
       x.name: {**x.options(generator), "scoring": scoring[x.name]} for x in methods
   }
   settings = {name: generator.settings(**own) for name, own in options.items()}
-  methods = [x for x in methods if settings[x.name].drafter.depth]
+  methods = [x for x in methods if settings[x.name].drafter.depth and x.policy is None]
   # Methods that re-score the same heads are compared with these as they are.
   drafter = lambda x: settings[x.name].drafter
   has_heads = lambda x: isinstance(drafter(x), HeadsDrafter)

@@ -24,6 +24,7 @@ from bpd_jax.evaluation.drafting import (
   DraftSource,
 )
 from bpd_jax.evaluation.exactness import check_differences, Difference, find_differences
+from bpd_jax.evaluation.policing import PolicySource
 from bpd_jax.evaluation.quality import is_looping
 from bpd_jax.evaluation.scoring import (
   describe_source,
@@ -41,13 +42,14 @@ class Method:
   Attributes:
     name: in results; one of its own among the methods.
     draft: what drafts: a source, the model's own heads by default; a drafter that learned
-      nothing; or a name that `Generator.generate` knows.
+      nothing; "greedy" or "blockwise".
     search: "chain", "p_best", "beam", "batched" or "best_first"; see
       `bpd_jax.decoding.search.SearchSettings`, also for what follows.
     num_paths: p of a search for paths.
     num_nodes: nodes a call.
     beam_width: prefixes that a beam keeps.
     scorers: what re-scores the lattice before it is searched.
+    policy: how many tokens rows draft; all that the drafter can by default.
   """
 
   name: str
@@ -57,9 +59,16 @@ class Method:
   num_nodes: int | None = None
   beam_width: int = 64
   scorers: tuple[Source, ...] = ()
+  policy: PolicySource | None = None
 
   def __post_init__(self):
     object.__setattr__(self, "scorers", tuple(self.scorers))
+    if self.policy is not None and (self.scorers or self.search != "chain"):
+      # What searching and scoring cost is in no table.
+      raise InputError(
+          f"{self.name} policy", type(self.policy).__name__,
+          "None for a method with scorers, or with another search than 'chain'",
+      )
 
   def options(self, generator: Generator) -> dict[str, Any]:
     """Of `Generator.generate` and `replay`, but for the scorers."""
@@ -77,6 +86,7 @@ def method_identity(method: Method) -> dict[str, Any]:
   return fields | {
       "draft": draft_identity(method.draft),
       "scorers": [source_identity(source) for source in method.scorers],
+      "policy": None if method.policy is None else method.policy.identity(),
   }
 
 
@@ -152,6 +162,16 @@ def measure_methods(
   settings = {name: generator.settings(**own) for name, own in options.items()}
   generator.partitioning.check_batch(batch_size)
   rows = generator.encode_prompts(prompts)
+  decisions = {
+      method.name: method.policy.make(
+          generator, generator.drafting(options[method.name]["method"]), rows, batch_size,
+          max_decode_length,
+      )
+      for method in methods if method.policy is not None
+  }
+  for name, decision in decisions.items():
+    options[name]["policing"] = decision.policing
+    settings[name] = generator.settings(**options[name])
   bar = None
   if progress is not None:
     bar = progress.add_task(label, total=len(methods) * (1 + repeats))
@@ -189,6 +209,7 @@ def measure_methods(
             "draft": describe_draft(method.draft),
             "nodes": settings[method.name].num_nodes,
             **describe_method(method, scoring[method.name]),
+            **(decisions[method.name].describe() if method.name in decisions else {}),
             **results,
             "identical_to_greedy": 1 - len(differences) / len(rows),
             "near_tie_rows": sum(difference.is_near_tie for difference in differences),
@@ -222,10 +243,15 @@ def describe_method(method: Method, scoring: Sequence[Scoring]) -> dict[str, Any
 
 
 def describe_generation(generation: Generation) -> dict[str, Any]:
-  """Counts of a generation: tokens, calls, block efficiency, accepted lengths."""
+  """Counts of a generation: tokens, calls, block efficiency, accepted lengths.
+
+  `nodes_per_call` are those that a row had verified, its root among them, on average;
+  `wasted_tokens` were drafted and verified in vain.
+  """
   tokens = np.array([len(row) for row in generation.tokens])
   calls = np.array(generation.calls)
   is_free = np.array([not is_looping(row.tolist()) for row in generation.tokens])
+  drafted = np.array([len(call.draft) for trace in generation.traces for call in trace])
   accepted = [call.num_accepted for trace in generation.traces for call in trace]
   return {
       "tokens": int(tokens.sum()),
@@ -236,6 +262,8 @@ def describe_generation(generation: Generation) -> dict[str, Any]:
           float(tokens[is_free].sum() / calls[is_free].sum()) if is_free.any() else None
       ),
       "accepted_length_histogram": np.bincount(accepted).tolist(),
+      "nodes_per_call": float(1 + drafted.mean()),
+      "wasted_tokens": int(drafted.sum() - sum(accepted)),
       "proved_searches": float(
           np.mean([call.is_exact for trace in generation.traces for call in trace])
       ),

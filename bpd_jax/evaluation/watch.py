@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bpd_jax.decoding.rescoring import RescorerParams, Scoring
-from bpd_jax.decoding.types import Drafting, Policing
+from bpd_jax.decoding.types import Drafting
 from bpd_jax.evaluation.analysis import first_path
 from bpd_jax.evaluation.replay import recorded_loop, recorded_rows, Recording
 from bpd_jax.generation import Call, check_finite, fetch_state, Generator, read_row
@@ -55,7 +55,7 @@ class WatchedCall:
 
 def watch(
     generator: Generator, recording: Recording, row: int, method: str | Drafting = "blockwise",
-    *, scoring: Sequence[Scoring] = (), policing: Policing | None = None, **options: Any,
+    *, scoring: Sequence[Scoring] = (), **options: Any,
 ) -> list[WatchedCall]:
   """Replays a row and looks closely.
 
@@ -65,14 +65,13 @@ def watch(
     row: of the recording.
     method: as of `Generator.generate`.
     scoring: likewise.
-    policing: likewise.
     **options: as of `replay`.
 
   Raises:
     NotFinite: naming the row, as `replay` does.
   """
-  settings = generator.settings(method, scoring=scoring, policing=policing, **options)
-  params = generator.decode_params(method, scoring, policing)
+  settings = generator.settings(method, scoring=scoring, **options)
+  params = generator.decode_params(method, scoring)
   call_number = functools.partial(
       _call_number, generator.model, settings, params, recorded_rows(recording, [row], 1)
   )
