@@ -1,12 +1,13 @@
 """The policy by goodput: what it chooses, what that saves, and that it changes no token."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_loop import decode, draft_table, make_rows, MAX_LENGTH, MODEL, NoisyDrafter
 
 from bpd_jax.decoding import search
-from bpd_jax.decoding.loop import Loop
+from bpd_jax.decoding.loop import empty_step, Loop
 from bpd_jax.decoding.policies.goodput import block_sizes, Goodput
 from bpd_jax.decoding.types import Params, Prompt
 
@@ -134,3 +135,21 @@ def test_ended_rows_say_nothing_and_count_for_nothing():
 ])
 def test_block_sizes(most, sizes):
   assert block_sizes(most) == sizes
+
+
+def test_live_rows_alone_choose_the_width():
+  """A row that ended and whose drafts were all wrong doesn't stop one whose drafts are right."""
+  params = POLICY.params((1, 1.6, 2.2, 3.4))
+  prompt = Prompt(jnp.zeros([2, 1], jnp.int32), jnp.ones([2], jnp.int32), MAX_LENGTH)
+  state = POLICY.init(params, prompt, None)
+  seen = jnp.full([DEPTH], 40.0)
+  state = state.replace(
+      tried=2 * seen, passed=seen, row_tried=jnp.full([2, DEPTH], 40.0),
+      row_passed=jnp.array([[0.0] * DEPTH, [40.0] * DEPTH]),
+  )
+  step = empty_step(jnp.zeros([2, 1]), DEPTH).replace(
+      num_tokens=jnp.array([1, 5]), num_verified=jnp.full([2], DEPTH, jnp.int32)
+  )
+  alone = POLICY.start(params, state, step, jnp.array([False, True]))
+  both = POLICY.start(params, state, step, jnp.array([True, True]))
+  assert (alone.depth, alone.rest) == (DEPTH, 0) and both.rest > 0
