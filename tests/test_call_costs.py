@@ -45,8 +45,13 @@ OPTIONS = {"max_length": 24, "batch_size": 4, "buckets": (16,)}
 CHEAP, DEAR = (1.0, 1.05, 1.1, 1.2), (1.0, 8.0, 9.0, 10.0)
 
 
+KEPT_FILE = call_costs.kept_file
+
+
 @pytest.fixture(autouse=True)
-def wide():
+def wide(monkeypatch):
+  """In float64, and with no table that another test or run has kept."""
+  monkeypatch.setattr(call_costs, "kept_file", lambda key: None)
   with jax.enable_x64(True):
     yield
 
@@ -175,6 +180,7 @@ def test_a_table_is_kept_with_the_compiled_programs(monkeypatch, tmp_path):
     runs.append(limit)
     return float(limit), [1] + [policing_width(policing)] * (limit - 1)
 
+  monkeypatch.setattr(call_costs, "kept_file", KEPT_FILE)
   monkeypatch.setattr(call_costs, "busy_share", lambda: 0.0)
   key = {"model": "m", "batch_size": 2}
   names = ("jax_compilation_cache_dir", "jax_enable_compilation_cache")
