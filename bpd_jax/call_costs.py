@@ -197,10 +197,9 @@ def find_costs(
     try:
       costs = load_costs(file)
       costs.check(key, widths[-1])
+      costs = costs if costs.widths == tuple(widths) else None
     except InputError:
       costs = None  # of an older form, or cut
-    if costs is not None and costs.widths != tuple(widths):
-      costs = None
   # Hosts may have kept different ones, and decide alike.
   none = [np.nan] * len(widths)
   seconds = _of_first(np.array(none if costs is None else costs.seconds))

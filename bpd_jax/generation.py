@@ -284,10 +284,11 @@ class Generator:
         )
         policing = costs.policing()
       elif self.block_size > 1:
-        if batch_size not in self._auto:
-          measured = self.call_costs(method, rows, batch_size, max_length, buckets)
-          self._auto[batch_size] = measured, measured.policing()
-        costs, policing = self._auto[batch_size]
+        if batch_size in self._auto:
+          costs, policing = self._auto[batch_size]
+        else:
+          costs = self.call_costs(method, rows, batch_size, max_length, buckets)
+          policing = costs.policing()
     settings = self.settings(
         method, search=search, scoring=scoring, policing=policing, rule=rule
     )
